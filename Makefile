@@ -1,0 +1,52 @@
+# `make demo` and `make test` work from a bare clone; everything they need goes into .venv, with pinned versions.
+PYTHON ?= python3
+CONSTRAINTS := launch/env/v100.txt
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# DeepSpeed looks for ninja on PATH, and compiles for the CPU here.
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+DEMO := runs/demo
+PROCESSES ?= 2
+
+.PHONY: help check install demo test lint bench clean
+help:
+	@echo "make demo    build the small corpus, pre-train UNITER on it, show what it learnt (2 cores, 20 minutes at most)"
+	@echo "make test    all tests, as CI runs them"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   measurements, each beside its rival"
+	@echo "make install the pinned environment in .venv only"
+
+check:
+	@sh launch/env/check.sh $(PYTHON)
+
+install: check $(INSTALLED)
+
+# torch comes first: deepspeed is built against it. Both steps obey the same constraints.
+$(INSTALLED): $(CONSTRAINTS) setup.py | check
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c $(CONSTRAINTS) torch torchvision setuptools wheel numpy ninja py-cpuinfo
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c $(CONSTRAINTS) --no-build-isolation-package deepspeed -e ".[dev]"
+	touch $@
+
+$(DEMO)/data/manifest.json: | $(INSTALLED)
+	$(RUN) $(BIN)/python -m data_tools.build_demo --out $(DEMO)/data --workers $(PROCESSES)
+
+demo: install $(DEMO)/data/manifest.json
+	$(RUN) $(BIN)/deepspeed --num_gpus $(PROCESSES) launch/pretrain.py --ds_config ds_configs/demo_cpu.json --run_dir $(DEMO) --resume auto
+	$(RUN) $(BIN)/python launch/evaluate.py --run $(DEMO)
+
+test: install
+	$(RUN) $(BIN)/python -m pytest -n 2 -m "not multiprocess and not gpu"
+	$(RUN) $(BIN)/python -m pytest -m "multiprocess and not gpu"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(RUN) $(BIN)/python -m tests.bench
+
+clean:
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
