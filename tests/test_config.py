@@ -1,0 +1,100 @@
+"""Recipes: every mistake is one line that names the key and the cure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vlscale.config import load_recipe, parse_recipe, resolved
+from vlscale.errors import VlscaleError
+
+RECIPES = sorted(Path("launch/recipes").glob("*.yaml"))
+MINIMAL = {
+    "name": "tiny",
+    "model": {"config": {"hidden_size": 8}},
+    "data": {"datasets": [{"name": "a", "root": "somewhere", "mix": {"mlm": 1}}]},
+    "batch": {"global_batch_tokens": 100},
+    "optimizer": {"lr": 1e-3},
+    "schedule": {"warmup_steps": 1, "total_steps": 10},
+}
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_is_named_after_its_file(path: Path) -> None:
+    assert load_recipe(path).name == path.stem
+
+
+def test_overrides_reach_sections_lists_and_scientific_numbers(recipe_file: Path) -> None:
+    recipe = load_recipe(
+        recipe_file, ("optimizer.lr=1e-4", "data.datasets.0.root=other", "objectives.wra.loss=hinge", "seed=7")
+    )
+    assert recipe.optimizer.lr == 1e-4
+    assert recipe.data.datasets[0].root == Path("other")
+    assert recipe.objectives.wra.loss == "hinge"
+    assert recipe.seed == 7
+
+
+def test_the_resolved_recipe_reads_back_equal(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    assert parse_recipe(resolved(recipe), "again") == recipe
+
+
+def test_a_recipe_is_frozen(recipe_file: Path) -> None:
+    with pytest.raises(Exception, match="frozen"):
+        load_recipe(recipe_file).seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lrr=1", r"unknown key 'optimizer.lrr'; did you mean 'lr'\?"),
+        ("optimiser.lr=1", r"unknown key 'optimiser'; did you mean 'optimizer'\?"),
+        ("data.datasets.0.rot=x", r"did you mean 'root'\?"),
+        ("data.datasets.0.mix.mlmm=1", r"mix\.mlmm.*did you mean 'mlm'\?"),
+        ("objectives.wra.loss=hing", r"objectives\.wra\.loss.*found 'hing'; did you mean 'hinge'\?"),
+        ("objectives.mlm.probability=1.5", r"objectives\.mlm\.probability.*less than or equal to 1.*1\.5"),
+        ("schedule.warmup_steps=100", "warmup_steps 100 exceeds total_steps 10"),
+        ("batch.global_batch_examples=4", "exactly one of"),
+        ("activation_checkpointing=every 0", "activation_checkpointing"),
+        ("data.datasets.0.mix.mlm=0", "no dataset has a task"),
+        ("optimizer", "expected KEY.KEY=VALUE"),
+        ("name.x.y=1", "name is not a section"),
+        ("name=../../etc", "name"),
+    ],
+)
+def test_mistakes_are_named(recipe_file: Path, override: str, message: str) -> None:
+    with pytest.raises(VlscaleError, match=message) as caught:
+        load_recipe(recipe_file, (override,))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "", "a: [1", "!!python/object:os.system {}"])
+def test_files_that_are_no_recipe(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(VlscaleError, match=r"recipe .*bad\.yaml"):
+        load_recipe(path)
+
+
+def test_missing_and_oversized_files(tmp_path: Path) -> None:
+    with pytest.raises(VlscaleError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+    large = tmp_path / "large.yaml"
+    large.write_bytes(b"a" * (1 << 21))
+    with pytest.raises(VlscaleError, match="not a recipe"):
+        load_recipe(large)
+
+
+def test_repeated_dataset_names_are_refused() -> None:
+    twice = {**MINIMAL, "data": {"datasets": MINIMAL["data"]["datasets"] * 2}}  # type: ignore[index]
+    with pytest.raises(VlscaleError, match="names repeat"):
+        parse_recipe(twice, "here")

@@ -1,0 +1,323 @@
+"""Recipe: one frozen model read from YAML. Unknown keys are errors that name the nearest key.
+
+The recipe owns model, data, objectives, global batch, optimiser rule, schedule, activation checkpointing, evaluation,
+checkpoints and logging. The DeepSpeed JSON owns ZeRO, precision, communication and clipping. Nothing stands in both.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vlscale.errors import VlscaleError, nearest
+
+TaskName = Literal["mlm", "mrfr", "mrc", "mrckl", "itm"]
+TASKS: tuple[str, ...] = get_args(TaskName)
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+MAX_RECIPE_BYTES = 1 << 20
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and without tolerance for unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSection(Section):
+    """Which model: a registered name, a preset, and fields of the model's own configuration laid over it."""
+
+    name: str = "uniter"
+    preset: str | None = Field(None, description="file in vlscale/models/presets, without .yaml")
+    config: dict[str, Any] = Field(default_factory=dict, description="fields of the model's configuration")
+    init_from: Path | None = Field(None, description="vlscale folder, or Hugging Face BERT folder, to start from")
+
+
+class DatasetSection(Section):
+    """One dataset: a folder with images/, texts/ and (for mrc, mrckl) classes/, and its share of the steps per task."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
+    root: Path
+    mix: dict[TaskName, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+
+
+class DataSection(Section):
+    """Where the examples come from and how they are read."""
+
+    datasets: tuple[DatasetSection, ...] = Field(min_length=1)
+    validation: tuple[DatasetSection, ...] = ()
+    max_text_tokens: int = Field(60, ge=1, description="word pieces without [CLS] and [SEP]; longer texts are left out")
+    max_regions: int = Field(100, ge=1, description="the first n regions of each image are used")
+    window_shards: int = Field(16, ge=1, description="examples are shuffled within a window of so many shards")
+    workers: int = Field(2, ge=0, description="reader processes per rank")
+    prefetch: int = Field(4, ge=1, description="micro-batches that each worker holds ready")
+    verify: bool = Field(True, description="check the hash of each shard when it is first touched")
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> DataSection:
+        for group in (self.datasets, self.validation):
+            names = [dataset.name for dataset in group]
+            if len(set(names)) != len(names):
+                raise ValueError(f"dataset names repeat: {names}")
+        if not any(share > 0 for dataset in self.datasets for share in dataset.mix.values()):
+            raise ValueError(
+                "no dataset has a task with a positive share: set data.datasets[].mix, e.g. {mlm: 2, itm: 1}"
+            )
+        return self
+
+
+class BatchSection(Section):
+    """The global batch of one optimiser step, and the ceiling of what one GPU holds at a time.
+
+    Neither the number of GPUs nor the ceiling changes what is learnt: gradient accumulation is derived from them.
+    """
+
+    global_batch_tokens: int | None = Field(None, ge=1, description="real tokens (text and regions) per step")
+    global_batch_examples: int | None = Field(None, ge=1, description="examples per step")
+    micro_batch_tokens: int = Field(10240, ge=1, description="most real tokens per GPU and micro-step")
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> BatchSection:
+        if (self.global_batch_tokens is None) == (self.global_batch_examples is None):
+            raise ValueError("set exactly one of batch.global_batch_tokens and batch.global_batch_examples")
+        return self
+
+
+class MlmSection(Section):
+    """Masked language modelling: 80 % [MASK], 10 % random, 10 % kept among the chosen word pieces (UNITER 3.2)."""
+
+    probability: Probability = 0.15
+    content_probability: Probability | None = Field(
+        None, description="for words not in function_words; default: as above"
+    )
+    function_words: tuple[str, ...] = ()
+
+
+class MrmSection(Section):
+    """Masked region modelling (mrfr, mrc, mrckl)."""
+
+    probability: Probability = 0.15
+    background_class: int | None = Field(None, ge=0, description="class that is never a target of mrc (UNITER: 0)")
+
+
+class ItmSection(Section):
+    """Image-text matching."""
+
+    negative_probability: Probability = 0.5
+    replace: Literal["image", "text", "both"] = Field(
+        "image", description="what a negative swaps; both: a coin decides"
+    )
+
+
+class WraSection(Section):
+    """Word-region alignment by optimal transport (IPOT), inside itm."""
+
+    loss: Literal["off", "reference", "hinge"] = Field(
+        "reference", description="reference: (positives - negatives) / examples; hinge: over pairs of a group"
+    )
+    weight: float = Field(0.1, ge=0)
+    tokens: Literal["all", "words"] = Field("all", description="all, or words: without [CLS] and [SEP]")
+    margin: float = Field(0.2, ge=0, description="hinge only")
+    group: int = Field(16, ge=2, description="hinge only: positives meet the negatives of their group")
+    beta: float = Field(0.5, gt=0)
+    iterations: int = Field(50, ge=1)
+    backend: str = "auto"
+
+
+class ObjectivesSection(Section):
+    """Settings of the five objectives."""
+
+    masking: Literal["conditional", "joint"] = Field(
+        "conditional", description="conditional: one modality is masked at a time; joint: both (the paper's ablation)"
+    )
+    mlm: MlmSection = MlmSection()
+    mrm: MrmSection = MrmSection()
+    itm: ItmSection = ItmSection()
+    wra: WraSection = WraSection()
+
+
+class OptimizerSection(Section):
+    """The optimiser rule."""
+
+    rule: Literal["adamw", "reference"] = Field(
+        "adamw", description="reference: UNITER's AdamW (eps outside the bias correction, decay after the update)"
+    )
+    lr: float = Field(gt=0)
+    betas: tuple[Probability, Probability] = (0.9, 0.98)
+    eps: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    decay_groups: Literal["correct", "reference"] = Field(
+        "correct",
+        description="correct: no decay for gains and biases; reference: by UNITER's names",
+    )
+
+
+class ScheduleSection(Section):
+    """Linear warm-up, then linear decay to zero, over optimiser steps that were taken."""
+
+    warmup_steps: int = Field(ge=0)
+    total_steps: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> ScheduleSection:
+        if self.warmup_steps > self.total_steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} exceeds total_steps {self.total_steps}")
+        return self
+
+
+class EvaluationSection(Section):
+    """Periodic evaluation on data.validation."""
+
+    every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
+    examples: int = Field(1024, ge=1, description="examples per validation dataset and task")
+
+
+class CheckpointSection(Section):
+    """Checkpoints in <run>/checkpoints/step-N."""
+
+    every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
+
+
+class LoggingSection(Section):
+    """What is written while training."""
+
+    every: int = Field(10, ge=1, description="steps between rows of TensorBoard and metrics.jsonl")
+    tensorboard: bool = True
+
+
+class Recipe(Section):
+    """Everything that decides what is learnt."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
+    seed: int = Field(42, ge=0)
+    model: ModelSection
+    data: DataSection
+    batch: BatchSection
+    objectives: ObjectivesSection = ObjectivesSection()
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+    loss_normalization: Literal["exact", "reference"] = Field(
+        "exact", description="exact: means over the global batch; reference: means over each micro-batch, then averaged"
+    )
+    activation_checkpointing: str = Field("none", pattern=r"^(none|full|every [1-9][0-9]*)$")
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that some dataset trains, in a fixed order."""
+        wanted = {task for dataset in self.data.datasets for task, share in dataset.mix.items() if share > 0}
+        return tuple(task for task in TASKS if task in wanted)
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe from YAML and lay ``a.b=value`` overrides over it (values are parsed as YAML).
+
+    Raises:
+        VlscaleError: the file is missing, not YAML, has an unknown key (the nearest is named) or a value out of range.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_RECIPE_BYTES:
+            raise VlscaleError(f"recipe {path}: {size} bytes, more than {MAX_RECIPE_BYTES}: this is not a recipe")
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise VlscaleError(f"recipe {path}: cannot be read ({error}); give --recipe FILE.yaml") from None
+    except yaml.YAMLError as error:
+        raise VlscaleError(f"recipe {path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise VlscaleError(f"recipe {path}: expected a mapping of sections, found {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    return parse_recipe(raw, str(path))
+
+
+def parse_recipe(raw: dict[str, Any], origin: str) -> Recipe:
+    """Validate ``raw`` as a recipe; ``origin`` is named in errors.
+
+    Raises:
+        VlscaleError: see :func:`load_recipe`.
+    """
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise VlscaleError(f"recipe {origin}: {_first_problem(error)}") from None
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as plain JSON types, every default filled in (written to the run folder)."""
+    return json.loads(recipe.model_dump_json())
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise VlscaleError(f"--set {override!r}: expected KEY.KEY=VALUE, for example --set optimizer.lr=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise VlscaleError(f"--set {override!r}: the value is not valid YAML") from None
+    if isinstance(value, str):
+        value = _number(value)
+    *parents, last = path.split(".")
+    node: Any = raw
+    for depth, key in enumerate(parents):
+        if isinstance(node, list) and key.isdigit() and int(key) < len(node):
+            node = node[int(key)]
+        elif isinstance(node, dict):
+            if node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+        else:
+            raise VlscaleError(f"--set {override!r}: {'.'.join(parents[:depth])} is not a section")
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise VlscaleError(f"--set {override!r}: {'.'.join(parents)} is not a section")
+
+
+def _number(text: str) -> Any:
+    """YAML 1.1 reads ``1e-4`` as a string; people mean a number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One line for the first problem: where, what was found, and the nearest known key for an unknown one."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "recipe"
+    more = f" (and {error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(problem["loc"][:-1])
+        return f"unknown key {where!r}{nearest(str(problem['loc'][-1]), known)} (known here: {', '.join(known)}){more}"
+    if problem["type"] == "literal_error" and isinstance(problem.get("input"), str):
+        hint = nearest(problem["input"], re.findall(r"'([^']+)'", problem["msg"]))
+        return f"{where.removesuffix('.[key]')}: {problem['msg']}, found {problem['input']!r}{hint}{more}"
+    found = problem.get("input")
+    shown = "" if isinstance(found, (dict, BaseModel)) or problem["type"] == "missing" else f", found {found!r}"
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}{shown}{more}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """Names of the fields of the section at ``location`` of the recipe."""
+    section: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        section = next((kind for kind in (annotation, *get_args(annotation)) if _is_section(kind)), Section)
+    return list(section.model_fields)
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
