@@ -1,0 +1,1 @@
+"""Stores, plans and batches. Knows no model."""
