@@ -1,0 +1,205 @@
+"""Scaled dot-product attention over packed sequences.
+
+One function serves self-, co- and cross-attention, cached decoding and sequence-to-sequence training: queries and keys
+are packed one example after the other, and may differ in length. Two backends compute the same numbers:
+
+* ``padded``: queries and keys are laid out as [B, heads, L, d], PyTorch's fused attention runs under a boolean mask,
+  and the rows are packed again. Runs anywhere.
+* ``packed``: no padding. On CUDA the variable-length kernels inside PyTorch (FlashAttention for half precision from
+  sm_80 on, otherwise the memory-efficient kernel, which is what a V100 uses), both with dropout; on the CPU one call
+  per example.
+
+The softmax is taken in float32 by every one of these kernels, also for float16 and bfloat16 inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlscale.errors import VlscaleError, nearest
+from vlscale.ragged import owners
+
+Backend = Literal["auto", "padded", "packed"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+_PER_EXAMPLE_FROM = 32  # keys; below, the calls cost more than the padding (one thread, widths 128 and 768)
+_BOTTOM_RIGHT = 2  # custom_mask_type of the memory-efficient kernel
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    causal: bool = False,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend within each example: ``softmax(q k^T / sqrt(d)) v``.
+
+    A query that sees no key (its example has none, or ``causal`` hides them all) gets zeros.
+
+    Args:
+        q: float [Nq, heads, d], the queries of all examples, one example after the other.
+        k: float [Nk, heads, d].
+        v: float [Nk, heads, d].
+        cu_q: int32 [B+1], cumulative query counts. Pass the same tensor as ``cu_k`` for self-attention.
+        cu_k: int32 [B+1], cumulative key counts.
+        max_q: largest query count of an example, as a Python number so that no device has to be waited for.
+        max_k: largest key count of an example.
+        causal: query i of an example sees keys j <= i + (keys - queries): the last query sees all keys.
+        dropout_p: probability of dropping an attention weight; the caller passes 0 in evaluation.
+        backend: ``padded``, ``packed``, or ``auto``: packed where CUDA's kernels take these tensors, and on a CPU from
+            32 keys on (shorter examples are faster padded); else padded.
+
+    Returns:
+        float [Nq, heads, d], of the dtype of ``q``.
+
+    Raises:
+        VlscaleError: unknown backend, or ``packed`` where no kernel takes these tensors.
+    """
+    if backend not in BACKENDS:
+        raise VlscaleError(f"attention backend {backend!r} is unknown{nearest(backend, BACKENDS)} (known: {BACKENDS})")
+    if q.shape[0] == 0:
+        return q
+    if k.shape[0] == 0:
+        return torch.zeros_like(q)
+    if backend == "auto":
+        packs = _varlen_problem(q) is None if q.is_cuda else max_k >= _PER_EXAMPLE_FROM
+        backend = "packed" if packs else "padded"
+    if backend == "padded":
+        return _padded(q, k, v, cu_q, cu_k, max_q, max_k, causal, dropout_p)
+    if q.is_cuda:
+        return _varlen(q, k, v, cu_q, cu_k, max_q, max_k, causal, dropout_p)
+    return _per_example(q, k, v, cu_q, cu_k, causal, dropout_p)
+
+
+def _padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    causal: bool,
+    dropout_p: float,
+) -> Tensor:
+    batch = cu_q.numel() - 1
+    slots_q = _slots(cu_q, q.shape[0], max_q)
+    slots_k = slots_q if cu_q is cu_k else _slots(cu_k, k.shape[0], max_k)
+    q_BHLD = _pad(q, slots_q, batch, max_q)
+    k_BHLD, v_BHLD = (_pad(x, slots_k, batch, max_k) for x in (k, v))
+    visible = blind = None
+    if causal or k.shape[0] != batch * max_k:
+        visible = _visible(cu_q, cu_k, max_q, max_k, causal)
+        # A row without any visible key would be 0/0: let it see everything, and blank it afterwards.
+        blind = ~visible.any(-1, keepdim=True)
+        visible = visible | blind
+    out_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, attn_mask=visible, dropout_p=dropout_p)
+    if blind is not None and cu_q is not cu_k:  # in self-attention every query sees itself
+        out_BHLD = out_BHLD.masked_fill(blind, 0.0)
+    return out_BHLD.transpose(1, 2).reshape(batch * max_q, *q.shape[1:]).index_select(0, slots_q)
+
+
+def _slots(cu: Tensor, total: int, longest: int) -> Tensor:
+    """int64 [total], row of each packed position in the flattened [B * longest] layout."""
+    owner = owners(cu, total)
+    return torch.arange(total, device=cu.device) + owner * longest - cu.long().index_select(0, owner)
+
+
+def _pad(packed_NHD: Tensor, slots: Tensor, batch: int, longest: int) -> Tensor:
+    """Return [B, heads, longest, d], zero where an example has no position."""
+    flat = packed_NHD.new_zeros(batch * longest, *packed_NHD.shape[1:]).index_copy(0, slots, packed_NHD)
+    return flat.view(batch, longest, *packed_NHD.shape[1:]).transpose(1, 2)
+
+
+def _visible(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool) -> Tensor:
+    """bool [B, 1, 1 or Lq, Lk], True where a query may look."""
+    queries, keys = cu_q.diff()[:, None, None], cu_k.diff()[:, None, None]
+    key = torch.arange(max_k, device=cu_k.device)
+    visible = key < keys
+    if causal:
+        query = torch.arange(max_q, device=cu_q.device)[:, None]
+        visible = visible & (key - query <= keys - queries)
+    return visible[:, None]
+
+
+def _per_example(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, causal: bool, dropout_p: float) -> Tensor:
+    """The packed layout on a CPU: no padding, one attention call per example."""
+    lengths_q, lengths_k = cu_q.diff().tolist(), cu_k.diff().tolist()
+    outputs = []
+    for q_i, k_i, v_i in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True):
+        queries, keys = q_i.shape[0], k_i.shape[0]
+        if queries == 0 or keys == 0:
+            outputs.append(torch.zeros_like(q_i))
+            continue
+        hidden = max(queries - keys, 0) if causal else 0  # queries that lie before the first key
+        mask = q_i.new_ones(queries - hidden, keys, dtype=torch.bool).tril(keys - queries + hidden) if causal else None
+        q_HLD, k_HLD, v_HLD = (x.transpose(0, 1)[None] for x in (q_i[hidden:], k_i, v_i))
+        seen = F.scaled_dot_product_attention(q_HLD, k_HLD, v_HLD, mask, dropout_p)[0].transpose(0, 1)
+        outputs.append(F.pad(seen, (0, 0, 0, 0, hidden, 0)))
+    return torch.cat(outputs)
+
+
+def _varlen_problem(q: Tensor) -> str | None:
+    """Why the CUDA kernels cannot take ``q``, or None."""
+    if not hasattr(torch.ops.aten, "_efficient_attention_forward"):
+        return "this PyTorch has no variable-length attention"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {q.dtype} is not supported"
+    if q.shape[-1] % 8:
+        return f"head width {q.shape[-1]} is not a multiple of 8"
+    return None
+
+
+def _varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    causal: bool,
+    dropout_p: float,
+) -> Tensor:
+    problem = _varlen_problem(q)
+    if problem:
+        raise VlscaleError(f"attention backend 'packed': {problem}; use attention_backend: padded")
+    # The public torch.nn.attention.varlen has no dropout, so the operators underneath are called directly.
+    if q.dtype != torch.float32 and q.shape[-1] <= 256 and torch.cuda.get_device_capability(q.device) >= (8, 0):
+        out = torch.ops.aten._flash_attention_forward(
+            q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, causal, False, scale=None
+        )[0]
+    else:
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        out = torch.ops.aten._efficient_attention_forward(
+            q[None],
+            k[None],
+            v[None],
+            None,
+            cu_q,
+            cu_k,
+            max_q,
+            max_k,
+            dropout_p,
+            _BOTTOM_RIGHT if causal else 0,
+            needs_grad,
+        )[0][0]
+    if cu_q is cu_k:
+        return out
+    # Kernels differ in what they leave in rows that see no key.
+    owner = owners(cu_q, q.shape[0])
+    queries, keys = cu_q.diff().index_select(0, owner), cu_k.diff().index_select(0, owner)
+    blind = keys == 0
+    if causal:
+        within = torch.arange(q.shape[0], device=q.device) - cu_q.index_select(0, owner)
+        blind = blind | (within + keys - queries < 0)
+    return out.masked_fill(blind[:, None, None], 0.0)
