@@ -32,6 +32,8 @@ class RaggedBatch:
         text_types: int64 [Nt] or None (all 0); region_types: int64 [Nr] or None (all 1).
         targets: tensors that only the objective reads (see each objective's ``prepare``).
         weight: 1.0, or 0.0 for an empty slot, whose loss and counts do not enter the step.
+        max_joint: tokens of the longest example, noted when a batch leaves the CPU; read it as ``longest``.
+        max_text, max_regions: the longest text and the most regions of one image, noted at the same time.
     """
 
     task: str
@@ -51,6 +53,9 @@ class RaggedBatch:
     region_types: Tensor | None = None
     targets: dict[str, Tensor] = field(default_factory=dict)
     weight: float = 1.0
+    max_joint: int | None = None
+    max_text: int | None = None
+    max_regions: int | None = None
 
     def __len__(self) -> int:
         """Number of examples B."""
@@ -70,6 +75,13 @@ class RaggedBatch:
     def cu_joint(self) -> Tensor:
         """int32 [B+1], cumulative lengths of text and regions together."""
         return self.cu_text + self.cu_regions
+
+    @property
+    def longest(self) -> int:
+        """Tokens (text and regions) of the longest example; for a batch moved by :meth:`to`, without a device sync."""
+        if self.max_joint is not None:
+            return self.max_joint
+        return int(self.cu_joint.diff().max()) if len(self) else 0
 
     @property
     def tokens(self) -> int:
@@ -97,7 +109,11 @@ class RaggedBatch:
 
     def to(self, device: torch.device | str) -> RaggedBatch:
         """Return the batch on ``device``; copies from pinned memory do not block."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        if moved.cu_text.device.type == "cpu" or not len(self):
+            return moved
+        text, regions = int(self.text_lengths.max()), int(self.region_counts.max())
+        return dataclasses.replace(moved, max_joint=self.longest, max_text=text, max_regions=regions)
 
     def pin_memory(self) -> RaggedBatch:
         """Return the batch in page-locked memory (called by the loader)."""

@@ -1,0 +1,1 @@
+"""Models: encoders on packed batches, their heads, presets, and the folders they are exchanged in."""

@@ -1,0 +1,81 @@
+"""Heads of region-based pre-training: pooler, word prediction, feature regression, region classification, matching.
+
+Two heads are tied: words are predicted with the word table, features are regressed with the transposed image
+projection (UNITER 3.2). A tied head holds the layer that owns the weight without registering it, so the weight stands
+once in ``parameters()`` and in the state dict, and the head reads it in its own forward, which is where partitioned
+training (ZeRO-3) has to gather it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlscale.models.layers import Embedding, Initializer, Linear
+
+
+class Pooler(nn.Module):
+    """``tanh(W h + b)`` of the first position of each example, [CLS]."""
+
+    def __init__(self, hidden: int, initializer: Initializer) -> None:
+        super().__init__()
+        self.dense = Linear(hidden, hidden, initializer)
+
+    def forward(self, first_BH: Tensor) -> Tensor:
+        """Return [B, H]."""
+        return torch.tanh(self.dense(first_BH))
+
+
+class Transform(nn.Module):
+    """``LN(gelu(W h + b))``, the common first half of the heads that look at single positions."""
+
+    def __init__(self, hidden: int, eps: float, initializer: Initializer) -> None:
+        super().__init__()
+        self.dense = Linear(hidden, hidden, initializer)
+        self.norm = nn.LayerNorm(hidden, eps)
+
+    def forward(self, hidden_KH: Tensor) -> Tensor:
+        """Return [K, H]."""
+        return self.norm(F.gelu(self.dense(hidden_KH)))
+
+
+class WordHead(nn.Module):
+    """Scores over the vocabulary, decoded with the word table."""
+
+    def __init__(self, words: Embedding, eps: float, initializer: Initializer) -> None:
+        super().__init__()
+        self.transform = Transform(words.embedding_dim, eps, initializer)
+        self.bias = nn.Parameter(torch.zeros(words.num_embeddings))
+        self._words = (words,)  # in a tuple: not registered a second time
+
+    def forward(self, hidden_KH: Tensor) -> Tensor:
+        """Return logits [K, V]."""
+        return F.linear(self.transform(hidden_KH), self._words[0].weight, self.bias)
+
+
+class FeatureHead(nn.Module):
+    """Regresses region features with the transposed image projection."""
+
+    def __init__(self, projection: Linear, eps: float, initializer: Initializer) -> None:
+        super().__init__()
+        self.transform = Transform(projection.out_features, eps, initializer)
+        self.bias = nn.Parameter(torch.zeros(projection.in_features))
+        self._projection = (projection,)
+
+    def forward(self, hidden_KH: Tensor) -> Tensor:
+        """Return features [K, D]."""
+        return F.linear(self.transform(hidden_KH), self._projection[0].weight.t(), self.bias)
+
+
+class RegionClassifier(nn.Module):
+    """Scores of a region over the detector's classes."""
+
+    def __init__(self, hidden: int, classes: int, eps: float, initializer: Initializer) -> None:
+        super().__init__()
+        self.transform = Transform(hidden, eps, initializer)
+        self.out = Linear(hidden, classes, initializer)
+
+    def forward(self, hidden_KH: Tensor) -> Tensor:
+        """Return logits [K, C]."""
+        return self.out(self.transform(hidden_KH))

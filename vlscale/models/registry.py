@@ -1,0 +1,96 @@
+"""From the recipe's model section to a model: preset, overrides, and what the data say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlscale.config import ModelSection
+from vlscale.errors import VlscaleError, nearest
+from vlscale.models.folder import parse_config
+from vlscale.models.uniter import UniterConfig, UniterForPretraining
+
+MODELS: dict[str, type[UniterForPretraining]] = {"uniter": UniterForPretraining}
+PRESETS = Path(__file__).parent / "presets"
+_CURES = {
+    "vocab_size": "the texts' vocabulary has",
+    "feature_dim": "the images store's features are this wide:",
+    "num_classes": "the classes store has",
+}
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the library."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """Read a preset.
+
+    Raises:
+        VlscaleError: no such preset; the nearest is named.
+    """
+    known = preset_names()
+    if name not in known:
+        raise VlscaleError(f"model.preset {name!r} is unknown{nearest(name, known)} (known: {', '.join(known)})")
+    return yaml.safe_load((PRESETS / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def resolve_config(
+    section: ModelSection,
+    *,
+    vocab_size: int | None = None,
+    feature_dim: int | None = None,
+    num_classes: int | None = None,
+    max_text_tokens: int | None = None,
+) -> UniterConfig:
+    """Lay the recipe's overrides over the preset, and fill in what only the data know.
+
+    ``vocab_size``, ``feature_dim`` and ``num_classes`` come from the stores (None: not known, for example without a
+    classes store). Where the preset or the recipe states them too, both must agree.
+
+    Args:
+        section: the recipe's ``model``.
+        vocab_size: word pieces of the texts' vocabulary.
+        feature_dim: width of a region feature.
+        num_classes: classes of the detector.
+        max_text_tokens: longest text of the data, without [CLS] and [SEP]; the model must have positions for it.
+
+    Raises:
+        VlscaleError: unknown model, preset or key (the nearest is named), a bad value, or a clash with the data.
+    """
+    if section.name not in MODELS:
+        raise VlscaleError(
+            f"model.name {section.name!r} is unknown{nearest(section.name, MODELS)} (known: {[*MODELS]})"
+        )
+    stated = {**(load_preset(section.preset) if section.preset else {}), **section.config}
+    facts = {"vocab_size": vocab_size, "feature_dim": feature_dim, "num_classes": num_classes}
+    known = {key: value for key, value in facts.items() if value is not None}
+    config = parse_config(UniterConfig, {**known, **stated}, "model.config")
+    for key, value in known.items():
+        if getattr(config, key) != value:
+            source = "model.config" if key in section.config else f"preset {section.preset}"
+            raise VlscaleError(
+                f"{source}: {key} is {getattr(config, key)}, but {_CURES[key]} {value}; set model.config.{key}={value}"
+            )
+    if max_text_tokens is not None and max_text_tokens + 2 > config.max_position_embeddings:
+        raise VlscaleError(
+            f"model.config: max_position_embeddings is {config.max_position_embeddings}, but data.max_text_tokens "
+            f"{max_text_tokens} with [CLS] and [SEP] needs {max_text_tokens + 2}; raise the one or lower the other"
+        )
+    return config
+
+
+def build_model(section: ModelSection, **data_facts: int | None) -> UniterForPretraining:
+    """Build the model that the recipe describes, with fresh weights (draws from torch's default generator).
+
+    Args:
+        section: the recipe's ``model``; ``init_from`` is not read here (see ``vlscale.convert.initial``).
+        **data_facts: see :func:`resolve_config`.
+
+    Raises:
+        VlscaleError: see :func:`resolve_config`.
+    """
+    return MODELS[section.name](resolve_config(section, **data_facts))
