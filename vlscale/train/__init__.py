@@ -1,0 +1,1 @@
+"""Training: the engine around DeepSpeed, the loop, the optimiser, the schedule, checkpoints and metrics."""
