@@ -1,0 +1,1 @@
+"""Tools that build datasets, each run as ``python -m data_tools.NAME``."""
