@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import dataclasses
+import pickle
+
+import pytest
+import torch
+
+from vlscale.data.packing import PackedBatch
+from vlscale.ragged import RaggedBatch
+
+
+def batch_of(examples=3):
+    generator = torch.Generator().manual_seed(0)
+    tokens, regions = 4 * examples, 3 * examples
+    return RaggedBatch(
+        task="mrfr",
+        dataset="toy",
+        input_ids=torch.arange(tokens),
+        cu_text=torch.arange(0, tokens + 1, 4, dtype=torch.int32),
+        features=torch.randn(regions, 5, generator=generator),
+        boxes=torch.rand(regions, 4, generator=generator),
+        cu_regions=torch.arange(0, regions + 1, 3, dtype=torch.int32),
+        passes=torch.zeros(examples, dtype=torch.int64),
+        examples=torch.arange(examples),
+        images=torch.arange(examples),
+        group=torch.arange(examples, dtype=torch.int32),
+        region_rows=torch.arange(regions),
+        region_mask=torch.arange(regions) % 2 == 0,
+        targets={"region_positions": torch.arange(2), "empty": torch.zeros(0, 5), "scalar": torch.tensor(2.5)},
+        weight=0.0,
+    )
+
+
+def equal(one, other):
+    for item in dataclasses.fields(RaggedBatch):
+        a, b = getattr(one, item.name), getattr(other, item.name)
+        if item.name == "targets":
+            assert list(a) == list(b)
+            assert all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+        elif isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype, item.name
+            assert torch.equal(a, b), item.name
+        else:
+            assert a == b
+
+
+@pytest.mark.parametrize("examples", [0, 3])
+def test_round_trip(examples):
+    batch = batch_of(examples)
+    packed = PackedBatch.pack(batch)
+    equal(packed.unpack(), batch)
+    equal(pickle.loads(pickle.dumps(packed)).unpack(), batch)
+
+
+def test_one_block():
+    packed = PackedBatch.pack(batch_of())
+    assert packed.buffer.is_shared()
+    unpacked = packed.unpack()
+    base = packed.buffer.untyped_storage().data_ptr()
+    tensors = [unpacked.features, unpacked.input_ids, unpacked.region_mask, unpacked.targets["region_positions"]]
+    assert all(tensor.untyped_storage().data_ptr() == base for tensor in tensors)
+    assert all(tensor.data_ptr() % 64 == base % 64 for tensor in tensors)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_pinned():
+    pinned = PackedBatch.pack(batch_of()).pin_memory()
+    assert pinned.buffer.is_pinned()
+    equal(pinned.unpack(), batch_of())

@@ -1,0 +1,279 @@
+"""Everything about a store that is known before a shard is opened, parsed as if an enemy had written it.
+
+``index.json`` decides which files are opened and how their bytes are read. So names must stay inside the folder, sizes
+must agree with the disk, columns and encodings must be the ones of the schema (never ``pkl``), and JSON is bounded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import stat
+import tokenize
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vlscale.data.schema import Meta, first_problem
+from vlscale.errors import VlscaleError
+
+INDEX_NAME = "index.json"
+HASH = "xxh64"
+MAX_JSON_BYTES = 64 << 20
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}", re.ASCII)
+_ENCODING = re.compile(r"(str|int|json)|ndarray:(float16|float32|int32)(?::([1-9][0-9]{0,7}))?", re.ASCII)
+AnyMeta = TypeVar("AnyMeta", bound=Meta)
+_REBUILD = "restore the file or build the store again"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a shard.
+
+    Attributes:
+        name: its name.
+        encoding: as index.json spells it.
+        kind: ``str``, ``int``, ``json`` or ``ndarray``.
+        dtype: element type of an array, little-endian; None for other kinds.
+        shape: fixed shape of an array; None if it is ragged.
+        size: bytes per row, or None where it varies.
+    """
+
+    name: str
+    encoding: str
+    kind: str
+    dtype: np.dtype[Any] | None
+    shape: tuple[int, ...] | None
+    size: int | None
+
+    @classmethod
+    def parse(cls, name: str, encoding: str) -> Column:
+        """Read an encoding such as ``ndarray:float16`` or ``ndarray:float32:1601``.
+
+        Raises:
+            VlscaleError: the encoding is none that vlscale's stores use.
+        """
+        match = _ENCODING.fullmatch(encoding)
+        if not match:
+            raise VlscaleError(f"column {name!r} has the encoding {encoding!r}, which is not read here")
+        scalar, element, width = match.groups()
+        if scalar:
+            return cls(name, encoding, scalar, None, None, 8 if scalar == "int" else None)
+        dtype = np.dtype(element).newbyteorder("<")
+        shape = (int(width),) if width else None
+        return cls(name, encoding, "ndarray", dtype, shape, int(width) * dtype.itemsize if width else None)
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One shard as index.json promises it: its name, size in bytes, number of rows, and xxh64 (hex) if recorded."""
+
+    basename: str
+    bytes: int
+    samples: int
+    xxh64: str | None
+
+
+@dataclass(frozen=True)
+class StoreIndex:
+    """A validated index.json.
+
+    Attributes:
+        folder: the store's folder.
+        columns: in the order in which a row holds them (sorted by name).
+        shards: in order.
+        digest: sha256 (hex) of the content of index.json in canonical form; it covers the shards' hashes.
+    """
+
+    folder: Path
+    columns: tuple[Column, ...]
+    shards: tuple[ShardFile, ...]
+    digest: str
+
+    @property
+    def ends(self) -> NDArray[np.int64]:
+        """int64 [S+1], cumulative number of rows per shard, from 0."""
+        return np.cumsum([0, *(shard.samples for shard in self.shards)], dtype=np.int64)
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+
+class _File(_Model):
+    basename: str
+    bytes: int = Field(ge=8, lt=1 << 32)
+    hashes: dict[str, str]
+
+
+class _Shard(_Model):
+    version: Literal[2]
+    format: Literal["mds"]
+    compression: None
+    zip_data: None
+    raw_data: _File
+    samples: int = Field(ge=0, lt=1 << 30)
+    column_names: list[str]
+    column_encodings: list[str]
+    column_sizes: list[int | None]
+
+
+class _Index(_Model):
+    version: Literal[2]
+    shards: list[_Shard]
+
+
+def read_index(folder: Path, columns: Mapping[str, str]) -> StoreIndex:
+    """Read and validate ``folder/index.json``; no shard is opened, but each is looked at on disk.
+
+    Args:
+        folder: the store's folder.
+        columns: the columns it must have, name -> MDS encoding.
+
+    Raises:
+        VlscaleError: the index is missing, damaged, of another format, lists other columns, or a shard that is missing,
+            of another size, or outside the folder.
+    """
+    path = folder / INDEX_NAME
+    raw = read_bytes(path)
+    try:
+        index = _Index.model_validate_json(raw)
+        content = json.loads(raw)
+    except ValidationError as error:
+        raise VlscaleError(f"{path}: {first_problem(error)}; {_REBUILD}") from None
+    except (ValueError, RecursionError) as error:
+        raise VlscaleError(f"{path}: not valid JSON ({error}); {_REBUILD}") from None
+    expected = tuple(Column.parse(name, columns[name]) for name in sorted(columns))
+    seen: set[str] = set()
+    for shard in index.shards:
+        _check_columns(path, shard, expected)
+        _check_shard(path, shard, seen)
+    shards = tuple(
+        ShardFile(shard.raw_data.basename, shard.raw_data.bytes, shard.samples, shard.raw_data.hashes.get(HASH))
+        for shard in index.shards
+    )
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return StoreIndex(folder, expected, shards, digest)
+
+
+def _check_columns(path: Path, shard: _Shard, expected: tuple[Column, ...]) -> None:
+    where = f"{path}: shard {shard.raw_data.basename!r}"
+    if not len(shard.column_names) == len(shard.column_encodings) == len(shard.column_sizes):
+        raise VlscaleError(f"{where}: column_names, column_encodings and column_sizes differ in length; {_REBUILD}")
+    names = [column.name for column in expected]
+    if shard.column_names != names:
+        raise VlscaleError(f"{where}: columns {shard.column_names}, expected {names}; {_REBUILD}")
+    for column, encoding, size in zip(expected, shard.column_encodings, shard.column_sizes, strict=True):
+        if encoding != column.encoding:
+            raise VlscaleError(
+                f"{where}: column {column.name!r} has the encoding {encoding!r}, expected {column.encoding!r} "
+                f"by the schema and meta.json; build the store again"
+            )
+        if size != column.size:
+            raise VlscaleError(f"{where}: column {column.name!r} has size {size}, expected {column.size}; {_REBUILD}")
+
+
+def _check_shard(path: Path, shard: _Shard, seen: set[str]) -> None:
+    name = shard.raw_data.basename
+    if not _SHARD_NAME.fullmatch(name):
+        raise VlscaleError(f"{path}: shard name {name!r} is not a plain file name inside the folder; {_REBUILD}")
+    if name in seen:
+        raise VlscaleError(f"{path}: shard {name!r} is listed twice; {_REBUILD}")
+    seen.add(name)
+    if 4 * (shard.samples + 2) > shard.raw_data.bytes:
+        raise VlscaleError(f"{path}: shard {name!r} cannot hold {shard.samples} rows in its size; {_REBUILD}")
+    size = file_size(path.parent / name, "which index.json lists")
+    if size != shard.raw_data.bytes:
+        raise VlscaleError(
+            f"{path.parent / name}: {size} bytes, expected {shard.raw_data.bytes} by index.json; {_REBUILD}"
+        )
+
+
+def file_size(path: Path, note: str = "") -> int:
+    """Return the size in bytes of a regular file that lies in its folder itself, not behind a link that leaves it.
+
+    Raises:
+        VlscaleError: it is missing, not a regular file, or a link to somewhere else.
+    """
+    try:
+        status = path.stat()
+        inside = path.resolve(strict=True).parent == path.parent.resolve(strict=True)
+    except (FileNotFoundError, NotADirectoryError):
+        note = f" {note}," if note else ""
+        raise VlscaleError(f"{path}:{note} is missing; restore it or build the store again") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise VlscaleError(f"{path}: cannot be read ({error})") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise VlscaleError(f"{path}: not a regular file; {_REBUILD}")
+    if not inside:
+        raise VlscaleError(f"{path}: a link that leaves its folder; copy the file, or link the whole folder")
+    return status.st_size
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a small file.
+
+    Raises:
+        VlscaleError: it is missing, larger than 64 MiB, or cannot be read.
+    """
+    size = file_size(path)
+    if size > MAX_JSON_BYTES:
+        raise VlscaleError(f"{path}: {size} bytes, more than {MAX_JSON_BYTES}; {_REBUILD}")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise VlscaleError(f"{path}: cannot be read ({error})") from None
+
+
+def read_meta(model: type[AnyMeta], path: Path) -> AnyMeta:
+    """Read and validate a meta.json as ``model``.
+
+    Raises:
+        VlscaleError: it is missing, not JSON, or a key is missing, unknown or out of range.
+    """
+    try:
+        return model.model_validate_json(read_bytes(path))
+    except ValidationError as error:
+        raise VlscaleError(f"{path}: {first_problem(error)}; {_REBUILD}") from None
+
+
+def read_array(path: Path, dtype: str, length: int | None = None) -> NDArray[Any]:
+    """Memory-map a one-dimensional .npy side file, without pickle.
+
+    Args:
+        path: the file.
+        dtype: the dtype it must have, for example ``int32``.
+        length: the number of elements it must have; None takes any.
+
+    Raises:
+        VlscaleError: it is missing, damaged, pickled, or of another dtype or length.
+    """
+    file_size(path)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        SyntaxError,
+        TypeError,
+        KeyError,
+        OverflowError,
+        MemoryError,
+        RecursionError,
+        tokenize.TokenError,
+    ) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise VlscaleError(f"{path}: not a plain .npy array ({detail}); {_REBUILD}") from None
+    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != np.dtype(dtype).newbyteorder("<"):
+        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise VlscaleError(f"{path}: found {found}, expected one dimension of {dtype}; {_REBUILD}")
+    if length is not None and len(array) != length:
+        raise VlscaleError(f"{path}: {len(array)} entries, expected {length}; {_REBUILD}")
+    return array

@@ -1,0 +1,121 @@
+"""DatasetLengths: the few integers per row that whole optimiser steps are planned from, without reading a row."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlscale.errors import VlscaleError
+
+SPECIALS = 2
+"""[CLS] and [SEP], which every text of a batch carries and no store holds."""
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetLengths:
+    """Lengths and references of one dataset of N texts and M images.
+
+    Attributes:
+        name: the dataset's name in the recipe; it keys random draws.
+        tokens: int32 [N], word pieces of each text without [CLS] and [SEP].
+        image_ptr: int64 [N+1]; text i refers to images ``image_refs[image_ptr[i]:image_ptr[i+1]]``.
+        image_refs: int64 [image_ptr[-1]], rows of the image store. Pre-training pairs a text with its FIRST image; the
+            others only keep a negative from sharing an image with its text.
+        regions: int32 [M], regions of each image.
+        text_shards: int64 [S+1], cumulative number of texts per shard, from 0 to N.
+
+    Raises:
+        VlscaleError: the arrays contradict each other (a damaged or mixed-up store).
+    """
+
+    name: str
+    tokens: NDArray[np.int32]
+    image_ptr: NDArray[np.int64]
+    image_refs: NDArray[np.int64]
+    regions: NDArray[np.int32]
+    text_shards: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "image_ptr", "image_refs", "regions", "text_shards"):
+            # A memory map is indexed faster as what it is underneath.
+            object.__setattr__(self, name, np.asarray(getattr(self, name)))
+        texts = len(self.tokens)
+        self._require(
+            len(self.image_ptr) == texts + 1, f"image_ptr has {len(self.image_ptr)} entries, expected {texts + 1}"
+        )
+        self._require(_rises(self.image_ptr), "image_ptr does not rise from 0")
+        self._require(
+            int(self.image_ptr[-1]) == len(self.image_refs),
+            f"image_ptr ends at {int(self.image_ptr[-1])}, but there are {len(self.image_refs)} image references",
+        )
+        self._require(len(self.text_shards) >= 1 and _rises(self.text_shards), "text_shards does not rise from 0")
+        self._require(
+            int(self.text_shards[-1]) == texts, f"the text shards hold {int(self.text_shards[-1])} of {texts} texts"
+        )
+        bad = np.flatnonzero(self.tokens < 1)
+        self._require(not len(bad), f"text row {bad[:1]} has no tokens")
+        bad = np.flatnonzero((self.image_refs < 0) | (self.image_refs >= len(self.regions)))
+        self._require(not len(bad), f"an image reference is outside the {len(self.regions)} rows of the image store")
+        bad = np.flatnonzero(self.regions < 1)
+        self._require(not len(bad), f"image row {bad[:1]} has no regions")
+
+    def _require(self, holds: bool, problem: str) -> None:
+        if not holds:
+            raise VlscaleError(f"dataset {self.name}: {problem}; the store is damaged or mixed up: build it again")
+
+    def __len__(self) -> int:
+        """Number of texts N, over-long ones included."""
+        return len(self.tokens)
+
+    @cached_property
+    def first_image(self) -> NDArray[np.int64]:
+        """int64 [N], the image row that pre-training pairs with each text; -1 where a text refers to none."""
+        first = np.full(len(self.tokens), -1, np.int64)
+        has = self.image_ptr[1:] > self.image_ptr[:-1]
+        first[has] = self.image_refs[self.image_ptr[:-1][has]]
+        return first
+
+    @cached_property
+    def most_references(self) -> int:
+        """Most images that one text refers to."""
+        return int(np.diff(self.image_ptr).max(initial=0))
+
+    def refers_to(self, texts: NDArray[np.int64], images: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """bool [B]: does text ``texts[i]`` refer to image row ``images[i]``, as its first image or as another?"""
+        found = self.first_image[texts] == images
+        if self.most_references > 1:
+            begin, end = self.image_ptr[texts], self.image_ptr[texts + 1]
+            for place in range(1, self.most_references):
+                inside = begin + place < end
+                found[inside] |= self.image_refs[(begin + place)[inside]] == images[inside]
+        return found
+
+    def costs(self, texts: NDArray[np.int64], images: NDArray[np.int64], max_regions: int) -> NDArray[np.int32]:
+        """int32 [B], tokens that each (text, image) pair runs: word pieces, [CLS], [SEP] and regions (none for -1)."""
+        costs = self.tokens[texts] + np.int32(SPECIALS)
+        if len(self.regions):
+            regions = np.minimum(self.regions[images], np.int32(max_regions))
+            costs += np.where(images >= 0, regions, np.int32(0))
+        return costs.astype(np.int32)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex digest of every array here; stands in for the store's own fingerprint where there is none."""
+        digest = hashlib.blake2b(self.name.encode(), digest_size=16)
+        for array, kind in (
+            (self.tokens, "<i4"),
+            (self.image_ptr, "<i8"),
+            (self.image_refs, "<i8"),
+            (self.regions, "<i4"),
+            (self.text_shards, "<i8"),
+        ):
+            digest.update(np.ascontiguousarray(array, kind).tobytes())
+        return digest.hexdigest()
+
+
+def _rises(array: NDArray[np.int64]) -> bool:
+    return len(array) > 0 and int(array[0]) == 0 and bool(np.all(array[1:] >= array[:-1]))

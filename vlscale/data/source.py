@@ -1,0 +1,206 @@
+"""One dataset within the plan: the steps' raw material, and bounds of what its examples cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlscale.config import TASKS, Recipe
+from vlscale.data.lengths import DatasetLengths
+from vlscale.data.order import PassOrder
+from vlscale.data.partners import Partners
+from vlscale.data.random import Draws
+from vlscale.errors import VlscaleError
+
+Mix = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """The part of the recipe that the plan depends on (see :class:`vlscale.config.Recipe` for each).
+
+    Exactly one of ``global_batch_tokens`` and ``global_batch_examples`` is set. ``itm_group`` is the number of
+    consecutive examples of an itm step that are never split: ``wra.group`` for the hinge loss, otherwise 1.
+    ``micro_batch_tokens`` is only read when a step is dealt.
+    """
+
+    seed: int
+    global_batch_tokens: int | None = None
+    global_batch_examples: int | None = None
+    micro_batch_tokens: int = 10240
+    max_text_tokens: int = 60
+    max_regions: int = 100
+    window_shards: int = 16
+    itm_negative_probability: float = 0.5
+    itm_replace: str = "image"
+    itm_group: int = 1
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> PlanSettings:
+        """Read the plan's settings from a recipe."""
+        objectives = recipe.objectives
+        return cls(
+            seed=recipe.seed,
+            global_batch_tokens=recipe.batch.global_batch_tokens,
+            global_batch_examples=recipe.batch.global_batch_examples,
+            micro_batch_tokens=recipe.batch.micro_batch_tokens,
+            max_text_tokens=recipe.data.max_text_tokens,
+            max_regions=recipe.data.max_regions,
+            window_shards=recipe.data.window_shards,
+            itm_negative_probability=objectives.itm.negative_probability,
+            itm_replace=objectives.itm.replace,
+            itm_group=objectives.wra.group if objectives.wra.loss == "hinge" else 1,
+        )
+
+    def group_of(self, task: str) -> int:
+        """Examples per group in a step of ``task``."""
+        return self.itm_group if task == "itm" else 1
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One optimiser step of B examples, the same for every number of processes.
+
+    Attributes:
+        index: number of the step.
+        task: one task for all examples, on all ranks.
+        dataset: name of the dataset all examples come from.
+        texts: int64 [B], text row that is read (the partner's, for a replaced text).
+        images: int64 [B], image row that is read (the partner's, for a replaced image); -1 for none.
+        passes: int64 [B] and examples: int64 [B], pass and text row that were met: they key every random draw.
+        labels: int8 [B], 1 for a match, 0 for a negative; all 1 unless the task is itm.
+        group: int32 [B], rising from 0; examples of one group are never split.
+        costs: int32 [B], tokens and regions that each example runs, [CLS] and [SEP] included.
+    """
+
+    index: int
+    task: str
+    dataset: str
+    texts: NDArray[np.int64]
+    images: NDArray[np.int64]
+    passes: NDArray[np.int64]
+    examples: NDArray[np.int64]
+    labels: NDArray[np.int8]
+    group: NDArray[np.int32]
+    costs: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        """Number of examples B."""
+        return len(self.examples)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens and regions of the whole step."""
+        return int(self.costs.sum(dtype=np.int64))
+
+    def part(self, index: int, begin: int, end: int) -> Step:
+        """Return examples ``begin`` to ``end`` as step ``index``, groups counted from 0 again."""
+        names = ("texts", "images", "passes", "examples", "labels", "costs")
+        group = self.group[begin:end] - self.group[begin]
+        return replace(self, index=index, group=group, **{name: getattr(self, name)[begin:end] for name in names})
+
+
+class Source:
+    """One dataset within the plan: its order, its partners, and the bounds of what its examples cost."""
+
+    def __init__(self, lengths: DatasetLengths, mix: Mix, settings: PlanSettings) -> None:
+        self.lengths = lengths
+        self.mix = {task: float(mix[task]) for task in TASKS if mix.get(task, 0) > 0}
+        self.settings = settings
+        self.order = PassOrder(lengths, settings.seed, settings.window_shards, settings.max_text_tokens)
+        self._check()
+        self._draws = Draws(settings.seed, lengths.name)
+        self._partners = None
+        if "itm" in self.mix:
+            self._partners = Partners(
+                lengths,
+                self.order.eligible,
+                self._draws,
+                settings.itm_negative_probability,
+                settings.itm_replace,
+            )
+
+    def _check(self) -> None:
+        name, longest = self.lengths.name, self.settings.max_text_tokens
+        if not len(self.order):
+            found = f"all {len(self.lengths)} texts are longer" if len(self.lengths) else "there are no texts at all"
+            raise VlscaleError(
+                f"dataset {name}: no text is left with data.max_text_tokens {longest} ({found}); raise it, or leave "
+                f"the dataset out"
+            )
+        lonely = self.order.eligible[self.lengths.first_image[self.order.eligible] < 0]
+        wanted = [task for task in self.mix if task != "mlm"]
+        if len(lonely) and wanted:
+            raise VlscaleError(
+                f"dataset {name}: text row {lonely[0]} ({len(lonely)} of {len(self.order)}) has no image, which task "
+                f"{wanted[0]} needs; drop {', '.join(wanted)} from its mix (mlm alone takes texts without images)"
+            )
+
+    def block(self, index: int, task: str, cursor: tuple[int, int], count: int) -> Step:
+        """Return the next ``count`` texts from ``cursor`` as a step, not yet cut to any budget."""
+        rows, passes = self.order.take(*cursor, count)
+        if task == "itm":
+            assert self._partners is not None
+            texts, images, labels = self._partners.draw(rows, passes)
+        else:
+            texts, images, labels = rows, self.lengths.first_image[rows], np.ones(count, np.int8)
+        return Step(
+            index=index,
+            task=task,
+            dataset=self.lengths.name,
+            texts=texts,
+            images=images,
+            passes=passes,
+            examples=rows,
+            labels=labels,
+            group=(np.arange(count) // self.settings.group_of(task)).astype(np.int32),
+            costs=self.lengths.costs(texts, images, self.settings.max_regions),
+        )
+
+    @cached_property
+    def own_costs(self) -> NDArray[np.int32]:
+        """int32 [n], cost of each eligible text with its own image."""
+        rows = self.order.eligible
+        return self.lengths.costs(rows, self.lengths.first_image[rows], self.settings.max_regions)
+
+    @cached_property
+    def _parts(self) -> tuple[NDArray[np.int32], int]:
+        """Text part of each eligible example's cost, and the most regions that any image of the dataset gives."""
+        rows = self.order.eligible
+        none = np.full(len(rows), -1, np.int64)
+        most = min(int(self.lengths.regions.max(initial=0)), self.settings.max_regions)
+        return self.lengths.costs(rows, none, self.settings.max_regions), most
+
+    def smallest_example(self, task: str) -> int:
+        """Fewest tokens that one example of ``task`` can cost, whatever its partner."""
+        if task != "itm" or self.settings.itm_negative_probability == 0:
+            return int(self.own_costs.min())
+        words, _ = self._parts
+        return int(words.min()) + min(int(self.lengths.regions.min()), self.settings.max_regions)
+
+    def heaviest(self, task: str, count: int) -> int:
+        """Most tokens that ``count`` consecutive examples of ``task`` can cost together.
+
+        A run of consecutive examples meets each text once per pass it touches; drawn partners may be the largest
+        every time.
+        """
+        if task != "itm" or self.settings.itm_negative_probability == 0:
+            return _heaviest(self.own_costs, count)
+        words, regions = self._parts
+        if self.settings.itm_replace == "image":
+            return _heaviest(words, count) + count * regions
+        if self.settings.itm_replace == "text":
+            return count * int(words.max()) + _heaviest(self.own_costs - words, count)
+        return count * (int(words.max()) + regions)
+
+
+def _heaviest(values: NDArray[np.int32], count: int) -> int:
+    """Largest sum of ``count`` consecutive picks from a repeated pass over ``values`` in any order."""
+    times = 1 if count <= 1 else -(-(count - 1) // len(values)) + 1
+    full, rest = divmod(count, times)
+    falling = np.sort(values)[::-1]
+    return int(falling[:full].sum(dtype=np.int64)) * times + (rest * int(falling[full]) if rest else 0)
