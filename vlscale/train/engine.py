@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -54,9 +55,24 @@ def connect(accelerator: str, timeout_s: float = 1800.0, program: str = "vlscale
     deepspeed.utils.logger.setLevel("ERROR")
     _allow_checkpoint_types()
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
+    if accelerator == "cpu":
+        _unlink_shared_buffers()
     group = None if accelerator == "cpu" else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     where = torch.device("cpu") if accelerator == "cpu" else torch.device("cuda", local_rank)
     return Processes(dist.get_rank(), dist.get_world_size(), where, group, program)
+
+
+def _unlink_shared_buffers() -> None:
+    """Take the names of DeepSpeed's shared-memory buffers (66 MiB per process) off /dev/shm.
+
+    On a CPU every process of a machine maps the buffers of all others while it connects; from then on nobody needs
+    their names, and DeepSpeed never removes them. Memory without a name goes when its last process goes.
+    """
+    dist.barrier()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        port = os.environ["MASTER_PORT"]
+        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
+            buffer.unlink(missing_ok=True)
 
 
 def _allow_checkpoint_types() -> None:
@@ -243,7 +259,7 @@ class Engine:
         clip = getattr(self._engine.optimizer, "clip_grad", None)
         try:
             loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
-        except (RuntimeError, OSError, KeyError, ValueError, AssertionError) as error:
+        except (RuntimeError, OSError, KeyError, ValueError, AssertionError, UnpicklingError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise VlscaleError(f"checkpoint {folder / tag}: DeepSpeed cannot load it: {reason}") from None
         if loaded is None:
