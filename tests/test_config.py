@@ -43,6 +43,13 @@ def test_overrides_reach_sections_lists_and_scientific_numbers(recipe_file: Path
     assert recipe.seed == 7
 
 
+def test_words_that_yaml_1_1_takes_for_booleans_stay_words(recipe_file: Path) -> None:
+    recipe = load_recipe(recipe_file, ("objectives.wra.loss=off", "objectives.mlm.function_words=[on, no, y]"))
+    assert recipe.objectives.wra.loss == "off"
+    assert recipe.objectives.mlm.function_words == ("on", "no", "y")
+    assert load_recipe(recipe_file, ("data.verify=false",)).data.verify is False
+
+
 def test_the_resolved_recipe_reads_back_equal(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file)
     assert parse_recipe(resolved(recipe), "again") == recipe

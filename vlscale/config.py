@@ -216,6 +216,21 @@ class Recipe(Section):
         return tuple(task for task in TASKS if task in wanted)
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """YAML 1.2 as people mean it: ``on``, ``off``, ``yes`` and ``no`` are words, and ``1e-4`` is a number."""
+
+
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+RecipeLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+RecipeLoader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+RecipeLoader.add_implicit_resolver(
+    _FLOAT, re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe from YAML and lay ``a.b=value`` overrides over it (values are parsed as YAML).
 
@@ -226,7 +241,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         size = path.stat().st_size
         if size > MAX_RECIPE_BYTES:
             raise VlscaleError(f"recipe {path}: {size} bytes, more than {MAX_RECIPE_BYTES}: this is not a recipe")
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise VlscaleError(f"recipe {path}: cannot be read ({error}); give --recipe FILE.yaml") from None
     except yaml.YAMLError as error:
@@ -260,11 +275,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not separator or not path:
         raise VlscaleError(f"--set {override!r}: expected KEY.KEY=VALUE, for example --set optimizer.lr=1e-4")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, RecipeLoader)
     except yaml.YAMLError:
         raise VlscaleError(f"--set {override!r}: the value is not valid YAML") from None
-    if isinstance(value, str):
-        value = _number(value)
     *parents, last = path.split(".")
     node: Any = raw
     for depth, key in enumerate(parents):
@@ -282,14 +295,6 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         node[last] = value
     else:
         raise VlscaleError(f"--set {override!r}: {'.'.join(parents)} is not a section")
-
-
-def _number(text: str) -> Any:
-    """YAML 1.1 reads ``1e-4`` as a string; people mean a number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _first_problem(error: ValidationError) -> str:
