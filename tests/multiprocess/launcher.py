@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,42 +54,52 @@ def launch(
     """Run ``deepspeed --num_gpus PROCESSES script arguments`` from the root of the repository."""
     port = free_port()
     command = [str(BIN / "deepspeed"), "--num_gpus", str(processes), "--master_port", str(port), str(script)]
-    return _run([*command, *map(str, arguments)], port, timeout, environment(**variables))
+    (done,) = _finish([_start([*command, *map(str, arguments)], environment(**variables))], port, timeout)
+    return done
 
 
 def run_alone(script: str | Path, *arguments: str | Path, timeout: float = 120, **variables: str) -> Finished:
     """Run one process without a launcher."""
+    (done,) = run_together(script, *arguments, processes=1, timeout=timeout, **variables)
+    return done
+
+
+def run_together(
+    script: str | Path, *arguments: str | Path, processes: int, timeout: float = 240, **variables: str
+) -> list[Finished]:
+    """Run processes of one group without a launcher, which starts faster; returns what each left, by rank."""
     port = free_port()
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, str(script), *map(str, arguments)]
-    return _run(command, port, timeout, environment(**(ranks | variables)))
+    place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return _finish([_start(command, environment(**(place | rank | variables))) for rank in ranks], port, timeout)
 
 
-def _run(command: list[str], port: int, timeout: float, variables: dict[str, str]) -> Finished:
-    started = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+def _start(command: list[str], variables: dict[str, str]) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=ROOT, env=variables, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     )
+
+
+def _finish(started: list[subprocess.Popen[str]], port: int, timeout: float) -> list[Finished]:
+    """Wait for processes. When time is up, end the sessions that were started here, and nothing else."""
     try:
-        out, err = started.communicate(timeout=timeout)
+        with ThreadPoolExecutor(len(started)) as readers:
+            jobs = [readers.submit(run.communicate, timeout=timeout) for run in started]
+        streams = [job.result() for job in jobs]
     except subprocess.TimeoutExpired:
-        # The session that was started here, and nothing else; the launcher first gets a chance to end its children.
-        os.killpg(started.pid, signal.SIGTERM)
-        try:
-            out, err = started.communicate(timeout=10)
-        except subprocess.TimeoutExpired:
-            os.killpg(started.pid, signal.SIGKILL)
-            out, err = started.communicate()
-        raise AssertionError(f"no end after {timeout} s\n{out[-3000:]}\n{err[-5000:]}") from None
+        for kind in (signal.SIGTERM, signal.SIGKILL):  # a launcher first gets a chance to end its children
+            for run in started:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(run.pid, kind)
+            time.sleep(3)
+        texts = [text for run in started for text in run.communicate()]
+        raise AssertionError(f"no end after {timeout} s: " + " ".join(text[-3000:] for text in texts)) from None
     finally:
         for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
             left.unlink(missing_ok=True)
-    return Finished(started.returncode, out, err)
+    return [Finished(run.returncode, *texts) for run, texts in zip(started, streams, strict=True)]
 
 
 def run_many(lines: list[list[str]], todo: Path, processes: int, **variables: str) -> list[list[dict[str, Any]]]:
@@ -97,12 +110,8 @@ def run_many(lines: list[list[str]], todo: Path, processes: int, **variables: st
     """
     worker = Path(__file__).with_name("runs_worker.py")
     todo.write_text(json.dumps(lines), encoding="utf-8")
-    done = (
-        run_alone(worker, todo, **variables)
-        if processes == 1
-        else launch(worker, todo, processes=processes, **variables)
-    )
-    assert done.status == 0, done.tail
+    for done in run_together(worker, todo, processes=processes, **variables):
+        assert done.status == 0, done.tail
     return [json.loads(Path(f"{todo}.{rank}.out").read_text(encoding="utf-8")) for rank in range(processes)]
 
 

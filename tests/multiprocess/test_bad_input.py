@@ -65,6 +65,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "json_key": ({"zero_optimization": {"stge": 1}}, "did you mean 'stage'"),
     "json_number": ({"gradient_accumulation_steps": 77}, "contradicts the plan"),
     "json_fp16": ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 1}}, "this runs on a CPU"),
+    "exploding_bf16": ({"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}, "the gradient of objective"),
     "json_optimizer": ({"optimizer": {"type": "Adam"}}, "the recipe owns it"),
 }
 CASES = [*DAMAGED, *SETTINGS, *CONFIGS, "no_recipe"]
@@ -98,7 +99,7 @@ def results(root: Path) -> dict[str, dict[str, Any]]:
     for name, (raw, _) in CONFIGS.items():
         path = root / f"small_{name}.json"
         path.write_text(json.dumps(raw), encoding="utf-8")
-        lines[name] = ["--ds_config", str(path), *good[2:]]
+        lines[name] = ["--ds_config", str(path), *good[2:], "--set", "optimizer.lr=1e30"]
     lines["no_recipe"] = good[:2]
     words = [[*line, "--run_dir", str(root / f"run_{name}")] for name, line in lines.items()]
     (found,) = run_many(words, root / "todo.json", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -102,8 +103,12 @@ def test_auto_takes_the_newest_valid_and_refuses_what_does_not_fit(root: Path) -
         [*zero1, "--run_dir", str(root / "stage"), "--resume", step_6],
         [*paths, "--run_dir", str(root / "wide"), "--resume", step_6, "--set", "model.config.hidden_size=64"],
         [*paths, "--run_dir", str(root / "seed"), "--resume", step_6, "--set", "seed=4"],
+        [*paths, "--run_dir", str(root / "data"), "--resume", step_6, "--set", f"data.datasets.0.root={root / 'val'}"],
+        [*paths, "--run_dir", str(root / "program"), "--resume", str(hostile(root))],
         [*paths, "--run_dir", str(damaged), "--resume", "auto", "--set", "checkpoint.every=0"],
+        [*paths, "--run_dir", str(root / "zero2"), "--resume", "auto"],
     ]
+    (root / "zero2" / "model" / "model.safetensors").rename(root / "taken_away.safetensors")
     results = run_many(lines, root / "refused.json", 2)
     expected = [
         "holds checkpoints (newest: step-8); go on from them with --resume auto",
@@ -111,6 +116,8 @@ def test_auto_takes_the_newest_valid_and_refuses_what_does_not_fit(root: Path) -
         "written with ZeRO stage 2, this run has 0",
         "the model has hidden_size 32, the recipe says 64",
         "a changed recipe (seed)",
+        "a changed data set on resume",
+        "DeepSpeed cannot load it: Weights only load failed",
     ]
     for line, text in enumerate(expected):
         assert [results[rank][line]["status"] for rank in (0, 1)] == [2, 2]
@@ -124,6 +131,14 @@ def test_auto_takes_the_newest_valid_and_refuses_what_does_not_fit(root: Path) -
     assert "resumed from" in log
     assert "step-6: 6 steps taken" in log
     assert rows(damaged) == {step: row for step, row in rows(root / "zero2").items() if step > 6}
+    assert not (root / "executed").exists(), "a checkpoint ran code"
+    log = (root / "zero2" / "train.log").read_text(encoding="utf-8")
+    assert "all 12 steps have been taken" in log
+    exported, before = (
+        load_file(root / "zero2" / "model" / "model.safetensors"),
+        load_file(root / "taken_away.safetensors"),
+    )
+    assert all(torch.equal(exported[name], tensor) for name, tensor in before.items())
 
 
 def test_another_number_of_processes_is_refused(root: Path) -> None:
@@ -132,6 +147,23 @@ def test_another_number_of_processes_is_refused(root: Path) -> None:
     ((result,),) = run_many([[*paths, "--run_dir", str(root / "alone"), "--resume", step_6]], root / "alone.json", 1)
     assert result["status"] == 2
     assert "written with processes 2, this run has 1" in result["err"]
+
+
+def hostile(root: Path) -> Path:
+    """A checkpoint whose hashes are right, and that would create a file when it is unpickled."""
+
+    class Program:
+        def __reduce__(self) -> Any:
+            return Path.touch, (root / "executed",)
+
+    folder = root / "hostile" / "step-6"
+    shutil.copytree(root / "zero2" / "checkpoints" / "step-6", folder)
+    path = folder / "mp_rank_00_model_states.pt"
+    torch.save({"module": Program()}, path)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["files"][path.name] = [path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()]
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return folder
 
 
 def flip(path: Path) -> None:

@@ -28,7 +28,7 @@ def test_plain_lines_without_a_terminal(tmp_path: Path) -> None:
     lines = run(True, False, tmp_path / "log").splitlines()
     assert lines[0] == "hello [world]"
     assert lines[1].startswith("step 1/4  mlm 2.000  lr 1.00e-03  12.3k tokens/s  data wait 25%  ETA ")
-    assert lines[2].startswith("step 2/4  mlm 2.200"), "losses are smoothed"
+    assert lines[2].startswith("step 2/4  mlm 3.000"), "losses are smoothed"
     logged = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
     assert [line.split(" ", 2)[2] for line in logged] == lines
 
@@ -37,8 +37,8 @@ def test_a_bar_on_a_terminal(tmp_path: Path) -> None:
     text = run(True, True, tmp_path / "log")
     assert "mlm" in text
     assert "2/4" in text
-    assert "step 2/4  mlm 2.200" not in text
-    assert "step 2/4  mlm 2.200" in (tmp_path / "log").read_text(encoding="utf-8")
+    assert "step 2/4  mlm 3.000" not in text
+    assert "step 2/4  mlm 3.000" in (tmp_path / "log").read_text(encoding="utf-8")
 
 
 def test_other_processes_say_nothing(tmp_path: Path) -> None:

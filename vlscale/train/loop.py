@@ -15,7 +15,7 @@ from vlscale.data.loader import Loader, Preparer, Window
 from vlscale.data.plan import Plan, Position, Step
 from vlscale.data.store import Dataset
 from vlscale.errors import VlscaleError
-from vlscale.models.folder import write_folder
+from vlscale.models.folder import WEIGHTS_FILE, write_folder
 from vlscale.models.uniter import UniterForPretraining
 from vlscale.objectives import Objective
 from vlscale.ragged import RaggedBatch
@@ -142,6 +142,9 @@ def train(run: Training, state: TrainState) -> None:
     """
     recipe, engine, processes = run.recipe, run.engine, run.processes
     total = recipe.schedule.total_steps
+    if state.taken >= total:
+        _already_complete(run, total)
+        return
     interval = _interval(run)
     record = BatchRecord(run.folder.path, processes)
     writer = MetricsWriter(run.folder.path, state.position.step, recipe.logging.tensorboard) if processes.main else None
@@ -162,6 +165,12 @@ def train(run: Training, state: TrainState) -> None:
             _between_steps(run, state, step, interval, writer, lr)
     if writer is not None:
         writer.close()
+
+
+def _already_complete(run: Training, total: int) -> None:
+    run.reporter.line(f"all {total} steps have been taken; raise schedule.total_steps to go on")
+    if run.processes.total([float(run.processes.main and not (run.folder.model / WEIGHTS_FILE).is_file())])[0]:
+        export(run)
 
 
 def _between_steps(

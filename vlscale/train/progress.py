@@ -10,7 +10,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-_SMOOTHING = 0.9
+_SMOOTHING = 0.5  # of rows, which are means over the logging interval already
 _BAR_EVERY_S = 0.2
 
 
