@@ -34,7 +34,7 @@ $(DEMO)/data/manifest.json: | $(INSTALLED)
 
 demo: install $(DEMO)/data/manifest.json
 	$(RUN) $(BIN)/deepspeed --num_gpus $(PROCESSES) launch/pretrain.py --ds_config ds_configs/demo_cpu.json --run_dir $(DEMO) --resume auto
-	$(RUN) $(BIN)/python launch/evaluate.py --run $(DEMO)
+	$(RUN) OMP_NUM_THREADS=$(PROCESSES) $(BIN)/python launch/evaluate.py --run $(DEMO)
 
 test: install
 	$(RUN) $(BIN)/python -m pytest -n 2 -m "not multiprocess and not gpu"
