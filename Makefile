@@ -24,7 +24,7 @@ install: check $(INSTALLED)
 # torch comes first: deepspeed is built against it. Both steps obey the same constraints.
 $(INSTALLED): $(CONSTRAINTS) setup.py | check
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c $(CONSTRAINTS) torch torchvision setuptools wheel numpy ninja py-cpuinfo
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c $(CONSTRAINTS) --no-build-isolation-package deepspeed -e ".[dev]"
 	touch $@
