@@ -123,8 +123,16 @@ def load_picture(file: str, folder: Path = DEMO) -> Image.Image:
 
 
 def class_names(folder: Path = DEMO) -> list[str]:
-    """Return the names of the 1,000 ImageNet classes in the order of the classifier."""
-    return (folder / "imagenet1k_classes.txt").read_text(encoding="utf-8").splitlines()
+    """Return the names of the 1,000 ImageNet classes in the order of the classifier.
+
+    Raises:
+        VlscaleError: the file is missing or unreadable.
+    """
+    path = folder / "imagenet1k_classes.txt"
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise VlscaleError(f"{path}: {error}; restore the file from the repository") from None
 
 
 def as_array(image: Image.Image) -> np.ndarray:

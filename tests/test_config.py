@@ -76,6 +76,13 @@ def test_a_recipe_is_frozen(recipe_file: Path) -> None:
         ("optimizer", "expected KEY.KEY=VALUE"),
         ("name.x.y=1", "name is not a section"),
         ("name=../../etc", "name"),
+        ("name=..", "name"),
+        ("name=2020-13-45", "not valid YAML"),
+        ("name=" + "[" * 5000, "not valid YAML"),
+        ("data.datasets.².root=x", "data.datasets is not a section"),
+        ("optimizer.lr=.inf", r"optimizer\.lr.*finite"),
+        ("data.datasets.0.mix.mlm=.inf", r"mix\.mlm.*finite"),
+        ("optimizer.betas=[0.9, 1.0]", r"optimizer\.betas\.1.*less than 1"),
     ],
 )
 def test_mistakes_are_named(recipe_file: Path, override: str, message: str) -> None:
@@ -84,12 +91,20 @@ def test_mistakes_are_named(recipe_file: Path, override: str, message: str) -> N
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["- a\n- b\n", "", "a: [1", "!!python/object:os.system {}"])
+@pytest.mark.parametrize(
+    "content", ["- a\n- b\n", "", "a: [1", "!!python/object:os.system {}", "a: 2020-13-45", "[" * 50_000]
+)
 def test_files_that_are_no_recipe(tmp_path: Path, content: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(content)
     with pytest.raises(VlscaleError, match=r"recipe .*bad\.yaml"):
         load_recipe(path)
+
+
+def test_a_key_that_stands_twice_is_refused(recipe_file: Path) -> None:
+    recipe_file.write_text(recipe_file.read_text() + "batch: {global_batch_tokens: 5}\n")
+    with pytest.raises(VlscaleError, match="key 'batch' stands twice"):
+        load_recipe(recipe_file)
 
 
 def test_missing_and_oversized_files(tmp_path: Path) -> None:

@@ -19,13 +19,14 @@ from vlscale.errors import VlscaleError, nearest
 TaskName = Literal["mlm", "mrfr", "mrc", "mrckl", "itm"]
 TASKS: tuple[str, ...] = get_args(TaskName)
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 MAX_RECIPE_BYTES = 1 << 20
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, and without tolerance for unknown keys."""
+    """Base of every section: frozen, numbers finite, and without tolerance for unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -147,7 +148,7 @@ class OptimizerSection(Section):
         "adamw", description="reference: UNITER's AdamW (eps outside the bias correction, decay after the update)"
     )
     lr: float = Field(gt=0)
-    betas: tuple[Probability, Probability] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: float = Field(1e-6, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     decay_groups: Literal["correct", "reference"] = Field(
@@ -193,7 +194,7 @@ class LoggingSection(Section):
 class Recipe(Section):
     """Everything that decides what is learnt."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
     seed: int = Field(42, ge=0)
     model: ModelSection
     data: DataSection
@@ -217,7 +218,21 @@ class Recipe(Section):
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2 as people mean it: ``on``, ``off``, ``yes`` and ``no`` are words, and ``1e-4`` is a number."""
+    """YAML 1.2 as people mean it: ``on``, ``off``, ``yes`` and ``no`` are words, and ``1e-4`` is a number.
+
+    A key that stands twice in a mapping is an error: PyYAML would silently drop the first.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Compose a mapping and refuse repeated keys."""
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return node
 
 
 _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
@@ -244,7 +259,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         raw = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise VlscaleError(f"recipe {path}: cannot be read ({error}); give --recipe FILE.yaml") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2020-13-45
         raise VlscaleError(f"recipe {path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise VlscaleError(f"recipe {path}: expected a mapping of sections, found {type(raw).__name__}")
@@ -276,12 +291,12 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise VlscaleError(f"--set {override!r}: expected KEY.KEY=VALUE, for example --set optimizer.lr=1e-4")
     try:
         value = yaml.load(text, RecipeLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise VlscaleError(f"--set {override!r}: the value is not valid YAML") from None
     *parents, last = path.split(".")
     node: Any = raw
     for depth, key in enumerate(parents):
-        if isinstance(node, list) and key.isdigit() and int(key) < len(node):
+        if isinstance(node, list) and key.isdecimal() and int(key) < len(node):
             node = node[int(key)]
         elif isinstance(node, dict):
             if node.get(key) is None:
@@ -289,7 +304,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             node = node[key]
         else:
             raise VlscaleError(f"--set {override!r}: {'.'.join(parents[:depth])} is not a section")
-    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+    if isinstance(node, list) and last.isdecimal() and int(last) < len(node):
         node[int(last)] = value
     elif isinstance(node, dict):
         node[last] = value

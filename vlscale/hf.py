@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -120,8 +119,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise VlscaleError(f"{path}: damaged, or holds more than weights ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to lead to, often without a message
+        reason = (str(error).splitlines() or [""])[0]
+        raise VlscaleError(f"{path}: damaged, or holds more than weights ({type(error).__name__}: {reason})") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise VlscaleError(f"{path}: expected a dictionary of tensors")
     return dict(state)

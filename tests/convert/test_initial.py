@@ -163,3 +163,11 @@ def test_a_pickle_with_code_is_refused(tmp_path):
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(VlscaleError, match="neither"):
         initial_state(folder, tiny_model().config)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80", b".", b"hello world", b"\x80\x02}q"])
+def test_a_damaged_pickle_is_one_line(tmp_path, content):
+    folder = _folder(tmp_path / "bert", _bert_state(), pickled=True)
+    (folder / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(VlscaleError, match="damaged, or holds more than weights"):
+        initial_state(folder, tiny_model().config)

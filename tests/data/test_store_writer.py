@@ -84,6 +84,8 @@ def test_boxes_out_by_rounding_are_clipped(tmp_path) -> None:
     ("arguments", "message"),
     [
         (("t", "", []), "text 't': no tokens"),
+        (("t", "", [[5, 6], [7, 8]]), r"input_ids have shape \[2, 2\], expected \[4\]"),
+        (("t", "\ud800", [5]), "row 1: its id or text is not Unicode"),
         (("t", "", [5, 64]), r"input_ids span 5..64, expected 0..63"),
         (("t", "", [-1]), "input_ids span -1..-1"),
         (("t", "", [1.5]), "dtype float64, expected integers"),

@@ -83,15 +83,16 @@ class StoreWriter:
 
     def _refuse_existing(self) -> None:
         if os.path.lexists(self.target):
-            raise VlscaleError(
-                f"{self.target}: exists already and is not overwritten; remove it or choose another folder"
-            )
+            raise VlscaleError(f"{self.target}: exists already and is not overwritten; remove it or choose another")
 
     def _append(self, row: dict[str, Any]) -> int:
         """Hand one checked row to MDS and return its number."""
         if self._mds is None:
             raise RuntimeError(f"{type(self).__name__} is a context manager: use it in a with statement")
-        self._mds.write(row)
+        try:
+            self._mds.write(row)
+        except UnicodeEncodeError:  # half a surrogate pair, which JSON escapes can spell
+            raise VlscaleError(f"{self.target}: row {self.rows_written}: its id or text is not Unicode") from None
         self.rows_written += 1
         return self.rows_written - 1
 
@@ -163,7 +164,7 @@ class ImageWriter(StoreWriter):
         where = f"image {id!r}"
         if not isinstance(id, str) or not id or id in self.rows:
             raise VlscaleError(f"{where}: the id must be a non-empty string that no other image has")
-        if min(width, height) < 1:
+        if not (1 <= width < 1 << 31 and 1 <= height < 1 << 31):  # NaN fails too
             raise VlscaleError(f"{where}: size {width} x {height}, expected at least 1 x 1 pixels")
         features = _floats(where, "features", features, self.meta.feature_dtype)
         count = len(features) if features.ndim else 0
@@ -252,9 +253,10 @@ class TextWriter(StoreWriter):
         where = f"text {id!r}"
         size = self.meta.vocabulary.size
         try:
-            ids = np.asarray(input_ids).reshape(-1)
+            ids = np.asarray(input_ids)
         except ValueError as error:
             raise VlscaleError(f"{where}: input_ids are not one row of integers ({error})") from None
+        _shape(where, "input_ids", ids, (ids.size,))
         if not ids.size:
             raise VlscaleError(f"{where}: no tokens; leave the text out, or look at the tokenizer")
         if ids.dtype.kind not in "iu":
@@ -269,10 +271,10 @@ class TextWriter(StoreWriter):
         refs = [int(self._image_rows[image]) for image in images]
         first = refs[0] if refs else float("inf")
         if first < self._last:
+            last = "no image" if self._last == float("inf") else f"row {self._last:.0f}"
             raise VlscaleError(
-                f"{where}: its first image is row {first:.0f}, after a text of "
-                f"{'no image' if self._last == float('inf') else f'row {self._last:.0f}'}; write texts sorted by the "
-                f"row of their first image, texts without images last"
+                f"{where}: its first image is row {first:.0f}, after a text of {last}; write texts sorted by the row "
+                f"of their first image, texts without images last"
             )
         row = self._append(
             {
@@ -337,9 +339,8 @@ class ClassWriter(StoreWriter):
         probs = _floats(where, "probs", probs, self.meta.dtype)
         _shape(where, "probs", probs, (len(probs) if probs.ndim else 0, self.meta.num_classes))
         if len(probs) and (probs.min() < 0 or probs.max() > 1.001):
-            raise VlscaleError(
-                f"{where}: probs span {probs.min()}..{probs.max()}, expected 0..1; apply the softmax first"
-            )
+            span = f"{probs.min()}..{probs.max()}"
+            raise VlscaleError(f"{where}: probs span {span}, expected 0..1; apply the softmax first")
         for row in probs:
             self._append({"probs": row})
 

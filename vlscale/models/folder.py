@@ -62,7 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise VlscaleError(f"{path}: cannot be read ({error.strerror}); give a folder that holds {path.name}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or an integer of 5,000 digits
         raise VlscaleError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(raw, dict):
         raise VlscaleError(f"{path}: expected an object, found {type(raw).__name__}")
