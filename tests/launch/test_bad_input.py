@@ -99,6 +99,7 @@ def test_without_a_mistake_it_trains(pretrain: ModuleType, root: Path) -> None:
         ("model.config.hiden_size=32", r"hiden_size.*hidden_size"),
         ("model.config.feature_dim=16", r"feature_dim is 16.* 8"),
         ("model.preset=uniter-bse", r"uniter-bse.*uniter-base"),
+        ("objectives.mrm.background_class=999", r"background_class is 999.* 0 to 6"),
         ("model.init_from=/nowhere", "/nowhere"),
         ("data.datasets.0.root=/nowhere", "/nowhere"),
         ("data.max_text_tokens=1", "no text is left with data.max_text_tokens 1"),

@@ -97,6 +97,7 @@ def build_engine(
         return build_model(recipe.model, max_text_tokens=recipe.data.max_text_tokens, **facts)
 
     with processes.agreed(), construction(config):
+        _check_background(recipe.objectives.mrm.background_class, facts["num_classes"])
         model = seeded_model()
     if is_partitioned(model):
         # These were drawn in half precision or on a GPU: start from what the other stages start from.
@@ -116,6 +117,14 @@ def build_engine(
 
     module = PretrainingModule(model, objectives)
     return Engine(processes, module, make_optimizer, config, recipe.tasks), started
+
+
+def _check_background(background_class: int | None, num_classes: int | None) -> None:
+    if background_class is not None and num_classes is not None and background_class >= num_classes:
+        raise VlscaleError(
+            f"objectives.mrm.background_class is {background_class}, but the classes stores have classes 0 to "
+            f"{num_classes - 1}; set it to one of them, or to null if there is no background"
+        )
 
 
 def inner_model(engine: Engine) -> UniterForPretraining:
