@@ -1,8 +1,8 @@
 """Memory of one training step of uniter-large (340 M parameters) at 2 processes, ZeRO-2, activation checkpointing, CPU.
 
-Sums the proportional set sizes (PSS: shared pages count once) of all
-processes of the run, ten times a second, and reports the peak; /dev/shm is part of it. The run is the ordinary one: it
-reads stores, takes one step, and writes a checkpoint and the weights.
+Sums the proportional set sizes (PSS: shared pages count once) of all processes of the run, ten times a second, and
+reports the peak; /dev/shm is part of it. The run is the ordinary one: it reads stores, takes one step, and writes a
+checkpoint and the weights.
 """
 
 from __future__ import annotations
