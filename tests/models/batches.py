@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,28 +50,6 @@ def random_batch(text_lengths: list[int], region_counts: list[int], seed: int = 
         group=torch.arange(batch, dtype=torch.int32),
         region_rows=torch.arange(regions),
         region_mask=mask if masked else None,
-    )
-
-
-def select(batch: RaggedBatch, order: list[int]) -> RaggedBatch:
-    """The examples ``order`` of a batch, in that order."""
-
-    def rows(cu: Tensor) -> tuple[Tensor, Tensor]:
-        pieces = [torch.arange(int(cu[i]), int(cu[i + 1])) for i in order]
-        return torch.cat(pieces), cumulative(torch.tensor([piece.numel() for piece in pieces]))
-
-    text_rows, cu_text = rows(batch.cu_text)
-    region_rows, cu_regions = rows(batch.cu_regions)
-    return replace(
-        batch,
-        input_ids=batch.input_ids[text_rows],
-        cu_text=cu_text,
-        features=batch.features[region_rows],
-        boxes=batch.boxes[region_rows],
-        cu_regions=cu_regions,
-        region_rows=batch.region_rows[region_rows],
-        region_mask=None if batch.region_mask is None else batch.region_mask[region_rows],
-        **{name: getattr(batch, name)[order] for name in ("passes", "examples", "images", "group")},
     )
 
 

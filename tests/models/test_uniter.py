@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.models.batches import all_head_loss, random_batch, select, tiny_model
+from tests.models.batches import all_head_loss, random_batch, tiny_model
+from tests.objectives.batches import take
 from vlscale.errors import VlscaleError
 from vlscale.models.uniter import UniterConfig, UniterForPretraining, box_vectors
 
@@ -48,7 +49,7 @@ def test_an_example_does_not_depend_on_its_neighbours(backend, batch):
     assert_close(model.encode(changed).hidden[:7], encoded.hidden[:7], rtol=0, atol=1e-6)
     assert_close(model.encode(changed).hidden[15:], encoded.hidden[15:], rtol=0, atol=1e-6)
     assert (model.encode(changed).hidden[7:15] - encoded.hidden[7:15]).abs().min() > 0
-    alone = model.encode(select(batch, [2]))
+    alone = model.encode(take(batch, [2]))
     assert_close(alone.hidden, encoded.hidden[15:24], rtol=1e-5, atol=1e-6)
 
 
@@ -56,7 +57,7 @@ def test_an_example_does_not_depend_on_its_neighbours(backend, batch):
 def test_order_of_examples_does_not_matter(model, batch):
     order = [2, 0, 3, 1]
     pieces = model.encode(batch).hidden.split([t + r for t, r in zip(TEXTS, REGIONS, strict=True)])
-    permuted = model.encode(select(batch, order))
+    permuted = model.encode(take(batch, order))
     assert_close(permuted.hidden, torch.cat([pieces[i] for i in order]), rtol=1e-5, atol=1e-6)
     assert_close(model.itm_logits(permuted), model.itm_logits(model.encode(batch))[order], rtol=1e-5, atol=1e-6)
 
@@ -88,7 +89,7 @@ def test_a_modality_may_be_absent(texts, regions):
     assert encoded.hidden.isfinite().all()
     assert model.itm_logits(encoded).shape == (len(texts), 2)
     for i in range(len(texts)):
-        alone = model.encode(select(batch, [i])).hidden
+        alone = model.encode(take(batch, [i])).hidden
         assert_close(alone, encoded.hidden[encoded.cu[i] : encoded.cu[i + 1]], rtol=1e-5, atol=1e-6)
     encoded.hidden.sum().backward()
 

@@ -71,6 +71,7 @@ def take(batch: RaggedBatch, chosen: list[int]) -> RaggedBatch:
         boxes=batch.boxes[regions],
         cu_regions=cu_regions,
         region_rows=batch.region_rows[regions],
+        region_mask=None if batch.region_mask is None else batch.region_mask[regions],
         passes=batch.passes[index],
         examples=batch.examples[index],
         images=batch.images[index],
