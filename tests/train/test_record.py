@@ -6,7 +6,8 @@ import dataclasses
 
 import torch
 
-from tests.models.batches import random_batch, select
+from tests.models.batches import random_batch
+from tests.objectives.batches import take
 from vlscale.ragged import RaggedBatch
 from vlscale.train.record import example_hashes
 
@@ -19,8 +20,8 @@ def batch() -> RaggedBatch:
 
 def test_order_and_grouping_do_not_matter() -> None:
     plain = dataclasses.replace(batch(), targets={})
-    assert sorted(example_hashes(select(plain, [2, 0, 1]))) == sorted(example_hashes(plain))
-    parts = example_hashes(select(plain, [0, 1])) + example_hashes(select(plain, [2]))
+    assert sorted(example_hashes(take(plain, [2, 0, 1]))) == sorted(example_hashes(plain))
+    parts = example_hashes(take(plain, [0, 1])) + example_hashes(take(plain, [2]))
     assert parts == example_hashes(plain)
 
 
