@@ -29,7 +29,7 @@ from data_tools.pictures import DEMO, Catalogue, as_array, class_names, load_cat
 from data_tools.region_features import RegionExtractor
 from data_tools.region_reduction import Reduction, fit_reduction, nearest_centroid
 from data_tools.scenes import HEIGHT, WIDTH, Scene, combinations, plan_scenes, render
-from vlscale.data.store import ClassWriter, ImageWriter, TextWriter
+from vlscale.data.store_writer import ClassWriter, ImageWriter, TextWriter
 from vlscale.errors import VlscaleError
 
 _CHUNK = 16

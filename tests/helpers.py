@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from vlscale.data.schema import Vocabulary
-from vlscale.data.store import ClassWriter, ImageWriter, TextWriter
+from vlscale.data.store_writer import ClassWriter, ImageWriter, TextWriter
 
 
 def make_vocabulary(size: int = 64) -> Vocabulary:

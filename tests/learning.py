@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from vlscale.config import Recipe, parse_recipe
+from vlscale.data.dataset import open_dataset
 from vlscale.data.loader import Loader
 from vlscale.data.partners import Partners
 from vlscale.data.plan import Plan
 from vlscale.data.random import Draws
-from vlscale.data.store import open_dataset
 from vlscale.models.registry import build_model
 from vlscale.models.uniter import UniterForPretraining
 from vlscale.objectives import build_objectives

@@ -56,6 +56,6 @@ def test_kernels_models_objectives_and_planning_need_neither_deepspeed_nor_strea
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('deepspeed', 'streaming', 'transformers')))\n"
         "import vlscale.kernels.attention, vlscale.kernels.ipot, vlscale.models.uniter, vlscale.objectives\n"
-        "import vlscale.data.plan, vlscale.data.deal, vlscale.data.store, vlscale.data.loader, vlscale.train.optim\n"
+        "import vlscale.data.plan, vlscale.data.deal, vlscale.data.dataset, vlscale.data.loader, vlscale.train.optim\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from vlscale.data.mds import MdsReader
+from vlscale.data.reader import MdsReader
 
 
 def rewrite(folder: Path, number: int, edit: Callable[[bytearray], object]) -> None:

@@ -6,9 +6,9 @@ import torch
 
 from tests.helpers import make_dataset
 from vlscale.data.collate import add_specials, collate
+from vlscale.data.dataset import open_dataset
 from vlscale.data.deal import deal
 from vlscale.data.plan import Plan, PlanSettings
-from vlscale.data.store import open_dataset
 
 
 @pytest.fixture(scope="module")

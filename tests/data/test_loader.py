@@ -19,10 +19,10 @@ import torch
 
 from tests.data.test_packing import equal
 from tests.helpers import make_dataset
+from vlscale.data.dataset import open_dataset
 from vlscale.data.deal import accumulation
 from vlscale.data.loader import Loader
 from vlscale.data.plan import FixedSteps, Plan, PlanSettings, evaluation_seed, evaluation_steps
-from vlscale.data.store import open_dataset
 from vlscale.errors import VlscaleError
 
 SETTINGS = PlanSettings(seed=3, global_batch_examples=12, micro_batch_tokens=120, max_regions=6, itm_replace="both")

@@ -17,10 +17,12 @@ from streaming.base.format.mds import MDSReader
 
 from tests.data.damage import patch, rewrite
 from tests.helpers import make_dataset
-from vlscale.data import mds
+from vlscale.data import reader as reader_module
+from vlscale.data import shard
+from vlscale.data.dataset import open_dataset
 from vlscale.data.index import read_index
-from vlscale.data.mds import MdsReader, open_writer
-from vlscale.data.store import open_dataset
+from vlscale.data.mds import open_writer
+from vlscale.data.reader import MdsReader
 from vlscale.errors import VlscaleError
 
 MIXED = {"a": "ndarray:float16", "b": "int", "c": "str", "d": "json", "e": "ndarray:float32:3", "f": "ndarray:int32"}
@@ -128,8 +130,8 @@ def test_a_shard_is_hashed_once_and_a_store_without_hashes_is_named(root, monkey
         hashed.append(len(data))
         return real(data)
 
-    monkeypatch.setattr(mds.xxhash, "xxh64_hexdigest", counting)
-    monkeypatch.setattr(mds, "MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(shard.xxhash, "xxh64_hexdigest", counting)
+    monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 1)
     texts = open_dataset("a", root).texts
     for _ in range(3):
         texts.input_ids(np.arange(len(texts)))
@@ -275,7 +277,8 @@ def test_reading_needs_no_streaming_and_writing_says_so(source, tmp_path) -> Non
     code = (
         "import sys; sys.modules['streaming'] = None\n"
         "import numpy as np\n"
-        "from vlscale.data.store import ClassWriter, open_dataset\n"
+        "from vlscale.data.dataset import open_dataset\n"
+        "from vlscale.data.store_writer import ClassWriter\n"
         f"d = open_dataset('a', {str(source)!r})\n"
         "d.classes.probs(d.images.regions(d.texts.lengths[:3] * 0, 9)[3])\n"
         f"with ClassWriter({str(tmp_path / 'x')!r}, 3): pass\n"

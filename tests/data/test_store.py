@@ -13,7 +13,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from tests.data.damage import patch
 from tests.helpers import make_dataset, make_vocabulary
-from vlscale.data.store import ClassStore, ClassWriter, ImageWriter, TextWriter, open_dataset
+from vlscale.data.dataset import open_dataset
+from vlscale.data.store import ClassStore
+from vlscale.data.store_writer import ClassWriter, ImageWriter, TextWriter
 from vlscale.errors import VlscaleError
 
 BOX = [[0.1, 0.2, 0.5, 0.6]]

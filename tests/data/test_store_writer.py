@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import make_dataset, make_vocabulary
-from vlscale.data.store import open_dataset
+from vlscale.data.dataset import open_dataset
 from vlscale.data.store_writer import ClassWriter, ImageWriter, TextWriter
 from vlscale.errors import VlscaleError
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from data_tools.build_demo import build_into, main, options_from, parse
 from data_tools.demo_corpus import Options
 from data_tools.pictures import class_names
-from vlscale.data.store import open_dataset
+from vlscale.data.dataset import open_dataset
 from vlscale.errors import VlscaleError
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures/demo"

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from tests.data.damage import patch
 from tests.multiprocess.launcher import ROOT, launch
 from tests.multiprocess.recipes import recipe, write_data, write_ds_config, write_recipe
-from vlscale.data.store import open_dataset
+from vlscale.data.dataset import open_dataset
 from vlscale.train.engine import connect
 from vlscale.train.environment import choose_accelerator
 

@@ -15,7 +15,7 @@ from tests.data.damage import patch
 from tests.helpers import make_dataset
 from tests.multiprocess.launcher import launch, run_many
 from tests.multiprocess.recipes import recipe, write_data, write_ds_config, write_recipe
-from vlscale.data.store import open_dataset
+from vlscale.data.dataset import open_dataset
 
 pytestmark = pytest.mark.multiprocess
 

@@ -18,10 +18,10 @@ from tests.multiprocess.launcher import all_well, run_many
 from tests.multiprocess.recipes import recipe, write_data, write_ds_config, write_recipe
 from vlscale.config import Recipe, parse_recipe
 from vlscale.data.collate import collate
+from vlscale.data.dataset import Dataset, open_dataset
 from vlscale.data.deal import deal
 from vlscale.data.plan import Plan
 from vlscale.data.random import Draws
-from vlscale.data.store import Dataset, open_dataset
 from vlscale.models.registry import build_model
 from vlscale.objectives import build_objectives
 from vlscale.ragged import RaggedBatch

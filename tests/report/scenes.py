@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlscale.data.dataset import Dataset, open_dataset
 from vlscale.data.schema import Vocabulary
-from vlscale.data.store import ClassWriter, Dataset, ImageWriter, TextWriter, open_dataset
+from vlscale.data.store_writer import ClassWriter, ImageWriter, TextWriter
 from vlscale.ragged import RaggedBatch
 from vlscale.report.heldout import HeldOut, open_heldout
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.report.scenes import REGIONS, THINGS, TOKENS, VOCABULARY, heldout, make_scenes, open_scenes
-from vlscale.data.store import ImageWriter, TextWriter
+from vlscale.data.store_writer import ImageWriter, TextWriter
 from vlscale.errors import VlscaleError
 from vlscale.report import heldout as module
 from vlscale.report.heldout import HeldOut, answering, open_heldout

@@ -13,7 +13,7 @@ from vlscale.data.lengths import SPECIALS
 from vlscale.ragged import RaggedBatch
 
 if TYPE_CHECKING:
-    from vlscale.data.store import Dataset
+    from vlscale.data.dataset import Dataset
 
 
 def collate(dataset: Dataset, micro: MicroBatch, max_regions: int, cls: int, sep: int) -> RaggedBatch:

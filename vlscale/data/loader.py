@@ -40,7 +40,7 @@ from vlscale.errors import VlscaleError
 from vlscale.ragged import RaggedBatch
 
 if TYPE_CHECKING:
-    from vlscale.data.store import Dataset
+    from vlscale.data.dataset import Dataset
 
 Window = tuple[Step, Position, list[RaggedBatch]]
 

@@ -105,7 +105,7 @@ class Plan:
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, datasets: Mapping[str, Any]) -> Plan:
-        """Plan the training of ``recipe`` over opened datasets (name -> :class:`vlscale.data.store.Dataset`)."""
+        """Plan the training of ``recipe`` over opened datasets (name -> :class:`vlscale.data.dataset.Dataset`)."""
         sections = recipe.data.datasets
         pairs: list[tuple[DatasetLengths, Mix]] = []
         for section in sections:

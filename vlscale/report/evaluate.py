@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vlscale.config import DatasetSection, ObjectivesSection, Recipe, load_recipe
-from vlscale.data.store import Dataset, open_dataset
+from vlscale.data.dataset import Dataset, open_dataset
 from vlscale.errors import VlscaleError
 from vlscale.models.registry import MODELS
 from vlscale.models.uniter import UniterForPretraining

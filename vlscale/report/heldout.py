@@ -19,9 +19,9 @@ from rich.progress import Progress
 from torch import nn
 
 from vlscale.data.collate import collate
+from vlscale.data.dataset import Dataset
 from vlscale.data.deal import MicroBatch
 from vlscale.data.random import Draws
-from vlscale.data.store import Dataset
 from vlscale.errors import VlscaleError
 from vlscale.ragged import RaggedBatch
 from vlscale.report.outcome import UnmeasurableError

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import cast
 
 from vlscale.config import Recipe
+from vlscale.data.dataset import Dataset
 from vlscale.data.loader import Loader, Preparer, Window
 from vlscale.data.plan import FixedSteps, PlanSettings, evaluation_seed, evaluation_steps
-from vlscale.data.store import Dataset
 from vlscale.errors import VlscaleError
 from vlscale.objectives import Objective
 from vlscale.train.engine import Engine

@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 
 from vlscale.config import Recipe, resolved
+from vlscale.data.dataset import Dataset
 from vlscale.data.loader import Loader, Preparer, Window
 from vlscale.data.plan import Plan, Position, Step
-from vlscale.data.store import Dataset
 from vlscale.errors import VlscaleError
 from vlscale.models.folder import WEIGHTS_FILE, write_folder
 from vlscale.models.uniter import UniterForPretraining

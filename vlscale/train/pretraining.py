@@ -10,7 +10,7 @@ from torch import nn
 
 from vlscale.config import DatasetSection, Recipe
 from vlscale.convert.initial import read_initial
-from vlscale.data.store import Dataset, open_dataset
+from vlscale.data.dataset import Dataset, open_dataset
 from vlscale.errors import VlscaleError
 from vlscale.models.registry import build_model
 from vlscale.models.uniter import UniterForPretraining

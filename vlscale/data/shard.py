@@ -1,0 +1,220 @@
+"""One MDS shard behind a memory map.
+
+A shard is ``uint32 n | uint32 offsets[n+1] | writer's settings as JSON | rows``, all little-endian, offsets counted
+from the start of the file. A row is ``uint32 size`` of each column of varying size, then the columns in sorted order.
+A ragged array is ``uint8 (ndim << 2 | log2(bytes per dimension)) | dimensions | values``.
+
+Byte ranges are resolved for many rows at once, and views into the map are handed out. Nothing in a shard is believed:
+every range is checked against the row, and every row against the file.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from vlscale.data.index import HASH, Column, ShardFile
+from vlscale.errors import VlscaleError
+
+_REBUILD = "restore the file or build the store again"
+
+
+class Shard:
+    """One memory-mapped shard whose offsets have been checked.
+
+    Args:
+        folder: the store's folder.
+        file: what index.json says about the shard.
+        columns: the columns of a row, in order.
+        verify: compare the file's hash with index.json.
+
+    Raises:
+        VlscaleError: size, hash, number of rows or offsets are wrong.
+    """
+
+    def __init__(self, folder: Path, file: ShardFile, columns: Sequence[Column], verify: bool) -> None:
+        self.path = folder / file.basename
+        self.columns = tuple(columns)
+        self.bytes = self._map(file)
+        if verify:
+            self._verify(file)
+        self.offsets = self._read_offsets(file.samples)
+        self._varying = [place for place, column in enumerate(self.columns) if column.size is None]
+        self._places = {column.name: place for place, column in enumerate(self.columns)}
+
+    def _map(self, file: ShardFile) -> NDArray[np.uint8]:
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise VlscaleError(f"{self.path}: cannot be opened ({error.strerror}); {_REBUILD}") from None
+        try:
+            size = os.fstat(descriptor).st_size
+            if size != file.bytes:
+                raise VlscaleError(f"{self.path}: {size} bytes, expected {file.bytes} by index.json; {_REBUILD}")
+            return np.frombuffer(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ), np.uint8)
+        except (OSError, ValueError) as error:
+            raise VlscaleError(f"{self.path}: cannot be memory-mapped ({error})") from None
+        finally:
+            os.close(descriptor)
+
+    def _verify(self, file: ShardFile) -> None:
+        if file.xxh64 is None:
+            raise VlscaleError(
+                f"{self.path}: index.json records no {HASH} for it; write the store with hashes, or set "
+                f"data.verify: false"
+            )
+        found = xxhash.xxh64_hexdigest(self.bytes.data)
+        if found != file.xxh64:
+            raise VlscaleError(
+                f"{self.path}: damaged: its {HASH} is {found}, expected {file.xxh64} by index.json; {_REBUILD}"
+            )
+
+    def _read_offsets(self, samples: int) -> NDArray[np.int64]:
+        found = int(self.bytes[:4].view("<u4")[0])
+        if found != samples:
+            raise VlscaleError(f"{self.path}: holds {found} rows, expected {samples} by index.json; {_REBUILD}")
+        header = 4 * (samples + 2)
+        offsets = self.bytes[4:header].view("<u4").astype(np.int64)
+        if offsets[0] < header or offsets[-1] != len(self.bytes) or np.any(offsets[1:] <= offsets[:-1]):
+            raise VlscaleError(f"{self.path}: the row offsets do not rise inside the file; {_REBUILD}")
+        return offsets
+
+    def spans(self, rows: NDArray[np.int64], names: Sequence[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Byte ranges of some columns.
+
+        Args:
+            rows: int64 [B], rows within the shard.
+            names: columns.
+
+        Returns:
+            For each name ``(start, size)``, int64 [B] each, in bytes from the start of the file.
+
+        Raises:
+            VlscaleError: the columns of a row do not fill the row.
+        """
+        begin, end = self.offsets[rows], self.offsets[rows + 1]
+        head = 4 * len(self._varying)
+        self._require(end - begin >= head, rows, "is shorter than the sizes of its columns")
+        sizes = np.empty((len(rows), len(self.columns)), np.int64)
+        for place, column in enumerate(self.columns):
+            if column.size is not None:
+                sizes[:, place] = column.size
+        if head:
+            sizes[:, self._varying] = self.bytes[begin[:, None] + np.arange(head)].view("<u4")
+        stops = (begin + head)[:, None] + np.cumsum(sizes, axis=1)
+        self._require(stops[:, -1] == end, rows, "has columns that do not fill it")
+        places = [self._places[name] for name in names]
+        return [(stops[:, place] - sizes[:, place], sizes[:, place]) for place in places]
+
+    def arrays(self, rows: NDArray[np.int64], names: Sequence[str], ndims: Sequence[int]) -> list[list[NDArray[Any]]]:
+        """Views of array columns, unaligned and read-only.
+
+        Args:
+            rows: int64 [B], rows within the shard.
+            names: array columns.
+            ndims: the number of dimensions each must have.
+
+        Returns:
+            One list per name, of B arrays in the order of ``rows``.
+
+        Raises:
+            VlscaleError: a row's bytes are not such an array.
+        """
+        found: list[list[NDArray[Any]]] = []
+        for name, ndim, (start, size) in zip(names, ndims, self.spans(rows, names), strict=True):
+            column = self.columns[self._places[name]]
+            assert column.dtype is not None, name
+            if column.shape is not None:
+                shapes = [column.shape] * len(rows)
+            else:
+                start, dimensions = self._dimensions(rows, column, start, size, ndim)
+                shapes = list(zip(*dimensions.T.tolist(), strict=True))
+            found.append(
+                [np.ndarray(s, column.dtype, self.bytes, at) for s, at in zip(shapes, start.tolist(), strict=True)]
+            )
+        return found
+
+    def _dimensions(
+        self, rows: NDArray[np.int64], column: Column, start: NDArray[np.int64], size: NDArray[np.int64], ndim: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Start of the values, int64 [B], and dimensions, int64 [B, ndim], of a ragged column."""
+        assert column.dtype is not None
+        problem = f"column {column.name!r} is not an array of {ndim} dimensions"
+        self._require(size > 1 + ndim, rows, problem)
+        first = self.bytes[start]
+        self._require(first >> 2 == ndim, rows, problem)
+        widths = np.left_shift(1, first & 3).astype(np.int64)
+        values = start + 1 + ndim * widths
+        payload = start + size - values
+        self._require(payload > 0, rows, problem)
+        dimensions = np.empty((len(rows), ndim), np.int64)
+        for width in np.unique(widths).tolist():
+            where = np.flatnonzero(widths == width)
+            raw = self.bytes[start[where, None] + np.arange(1, 1 + ndim * width)].view(f"<u{width}")
+            dimensions[where] = raw.astype(np.int64)  # 2**63 and more become negative, and are refused below
+        # By division, because a product of dimensions could overflow to the right number.
+        rest, fits = payload // column.dtype.itemsize, payload % column.dtype.itemsize == 0
+        for place in range(ndim):
+            dimension = np.maximum(dimensions[:, place], 1)
+            fits &= (dimensions[:, place] >= 1) & (rest % dimension == 0)
+            rest = rest // dimension
+        self._require(fits & (rest == 1), rows, f"column {column.name!r} has a shape that does not fit its bytes")
+        return values, dimensions
+
+    @cached_property
+    def table(self) -> NDArray[Any]:
+        """View [n, width] of all rows of a shard whose only column is an array of fixed size.
+
+        Raises:
+            VlscaleError: a row has another size.
+        """
+        (column,) = self.columns
+        assert column.dtype is not None
+        assert column.shape is not None
+        rows = len(self.offsets) - 1
+        self._require(np.diff(self.offsets) == column.size, np.arange(rows), f"is not of {column.size} bytes")
+        return np.ndarray((rows, *column.shape), column.dtype, self.bytes, int(self.offsets[0]))
+
+    def row(self, row: int) -> dict[str, Any]:
+        """Decode all columns of one row (arrays are copied).
+
+        Raises:
+            VlscaleError: a column's bytes are not what its encoding says.
+        """
+        index = np.array([row])
+        spans = self.spans(index, [column.name for column in self.columns])
+        return {
+            column.name: self._decode(index, column, start, size)
+            for column, (start, size) in zip(self.columns, spans, strict=True)
+        }
+
+    def _decode(self, row: NDArray[np.int64], column: Column, start: NDArray[np.int64], size: NDArray[np.int64]) -> Any:
+        raw = self.bytes[int(start[0]) : int(start[0] + size[0])].tobytes()
+        try:
+            if column.kind == "str":
+                return raw.decode("utf-8")
+            if column.kind == "json":
+                return json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            self._fail(row[0], f"column {column.name!r} is not valid {column.kind} ({error})")
+        if column.kind == "int":
+            return int(np.frombuffer(raw, "<i8")[0])
+        ndim = raw[0] >> 2 if column.shape is None and raw else 1
+        self._require(np.array([1 <= ndim <= 8]), row, f"column {column.name!r} has no sensible shape")
+        return self.arrays(row, [column.name], [ndim])[0][0].copy()
+
+    def _require(self, holds: NDArray[np.bool_], rows: NDArray[np.int64], problem: str) -> None:
+        if not holds.all():
+            self._fail(rows[int(np.argmin(holds))], problem)
+
+    def _fail(self, row: Any, problem: str) -> None:
+        raise VlscaleError(f"{self.path}: row {int(row)} of the shard {problem}; {_REBUILD}")
