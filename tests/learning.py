@@ -127,9 +127,9 @@ def sabotage(what: str) -> Iterator[None]:
         elif what == "negatives":
             draw = Partners.draw
 
-            def own(self: Partners, rows: Any, passes: Any) -> Any:
-                _, _, labels = draw(self, rows, passes)
-                return rows, self._lengths.first_image[rows], labels
+            def own(self: Partners, taken: Any) -> Any:
+                _, _, labels = draw(self, taken)
+                return taken.rows, self._lengths.first_image(taken.rows), labels
 
             patch.setattr(Partners, "draw", own)
         else:

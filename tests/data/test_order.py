@@ -1,3 +1,5 @@
+"""The order of a pass: windows of shards, rounds of images, and what it costs in memory."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -7,43 +9,67 @@ import pytest
 
 from tests.data.toy import toy_lengths
 from vlscale.data.order import PassOrder, _shuffle_within
+from vlscale.data.survey import survey
 
 
 def order_of(lengths, seed=1, window=3, longest=99):
-    return PassOrder(lengths, seed, window, longest)
+    return PassOrder(lengths, survey(lengths, longest, 100), seed, window, longest)
+
+
+def whole_pass(order, pass_index=0):
+    return order.take(pass_index, 0, len(order))
 
 
 @pytest.mark.parametrize("without_image", [0, 7])
 def test_a_pass_is_a_permutation_of_the_eligible_texts(without_image):
     lengths = toy_lengths(without_image=without_image)
     order = order_of(lengths, longest=15)
-    assert order.left_out == int((lengths.tokens > 15).sum()) > 0
-    assert len(order) + order.left_out == len(lengths)
+    eligible = np.flatnonzero(lengths.tokens <= 15)
+    assert len(order) == len(eligible) < len(lengths)
     for pass_index in range(3):
-        rows, passes = order.take(pass_index, 0, len(order))
-        assert sorted(rows.tolist()) == np.flatnonzero(lengths.tokens <= 15).tolist()
-        assert set(passes.tolist()) == {pass_index}
+        taken = whole_pass(order, pass_index)
+        assert sorted(taken.rows.tolist()) == eligible.tolist()
+        assert set(taken.passes.tolist()) == {pass_index}
 
 
-def test_a_round_meets_an_image_at_most_once():
-    lengths = toy_lengths(texts_per_image=(1, 6))
-    order = order_of(lengths)
-    rows, _ = order.take(0, 0, len(order))
-    counts = np.bincount(lengths.first_image, minlength=40)
-    begin = 0
-    for round_index in range(counts.max()):
-        size = int((counts > round_index).sum())
-        images = lengths.first_image[rows[begin : begin + size]]
-        assert len(set(images.tolist())) == size
-        begin += size
-    assert begin == len(rows)
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_round_of_a_window_meets_an_image_at_most_once(ordered):
+    lengths = toy_lengths(images=200, texts_per_image=(1, 6), shard=40)
+    if not ordered:
+        mixed = np.random.default_rng(0).permutation(lengths.image_refs)
+        lengths = dataclasses.replace(lengths, image_refs=mixed)
+    taken = whole_pass(order_of(lengths, window=5))
+    assert len(taken.pieces) > 2
+    for begin, end, window in taken.pieces:
+        images = lengths.first_image(taken.rows[begin:end])
+        assert np.array_equal(np.unique(images), window.images)
+        place = 0
+        counts = np.bincount(images)
+        for turn in range(counts.max()):
+            size = int((counts > turn).sum())
+            assert len(set(images[place : place + size].tolist())) == size
+            place += size
+        assert place == end - begin
+
+
+def test_an_image_stays_in_one_window():
+    """All its texts are met while its shard is there, wherever the text shards were cut."""
+    lengths = toy_lengths(images=300, texts_per_image=(1, 7), shard=11, without_image=40)
+    taken = whole_pass(order_of(lengths, window=2))
+    seen: set[int] = set()
+    for begin, end, window in taken.pieces:
+        assert np.array_equal(window.rows, taken.rows[begin:end])
+        assert not seen & set(window.images.tolist())
+        seen |= set(window.images.tolist())
+    assert len(seen) == 300
 
 
 def test_windows_hold_few_shards():
     lengths = toy_lengths(images=400, texts_per_image=(1, 1), shard=20)
-    rows, _ = order_of(lengths, window=4).take(0, 0, 400)
-    shards = rows // 20
-    seen = [set(shards[begin : begin + 80].tolist()) for begin in range(0, 400, 80)]
+    taken = whole_pass(order_of(lengths, window=4))
+    shards = taken.rows // 20
+    assert [end - begin for begin, end, _ in taken.pieces] == [80] * 5
+    seen = [set(shards[begin:end].tolist()) for begin, end, _ in taken.pieces]
     assert all(len(window) == 4 for window in seen)
     assert len(set.union(*seen)) == 20
     # The shards themselves are shuffled, and the texts within a window are.
@@ -51,25 +77,31 @@ def test_windows_hold_few_shards():
     assert np.abs(np.diff(shards[:80])).astype(bool).sum() > 40
 
 
+def test_windows_of_a_pass_are_alike():
+    lengths = toy_lengths(images=170, texts_per_image=(1, 1), shard=10)
+    assert [end - begin for begin, end, _ in whole_pass(order_of(lengths, window=16)).pieces] == [80, 90]
+
+
 def test_order_depends_on_seed_pass_and_name_only():
     lengths = toy_lengths()
-    base, _ = order_of(lengths).take(0, 0, 50)
-    assert np.array_equal(base, order_of(lengths).take(0, 0, 50)[0])
-    assert not np.array_equal(base, order_of(lengths).take(1, 0, 50)[0])
-    assert not np.array_equal(base, order_of(lengths, seed=2).take(0, 0, 50)[0])
-    assert not np.array_equal(base, order_of(toy_lengths(name="other")).take(0, 0, 50)[0])
+    base = order_of(lengths).take(0, 0, 50).rows
+    assert np.array_equal(base, order_of(lengths).take(0, 0, 50).rows)
+    assert not np.array_equal(base, order_of(lengths).take(1, 0, 50).rows)
+    assert not np.array_equal(base, order_of(lengths, seed=2).take(0, 0, 50).rows)
+    assert not np.array_equal(base, order_of(toy_lengths(name="other")).take(0, 0, 50).rows)
 
 
 def test_taking_in_pieces_equals_taking_at_once():
     order = order_of(toy_lengths())
     total = 2 * len(order) + 5
-    rows, passes = order.take(0, 0, total)
+    taken = order.take(0, 0, total)
+    rows, passes = taken.rows, taken.passes
     assert passes.tolist() == [0] * len(order) + [1] * len(order) + [2] * 5
     cursor, pieces = (0, 0), []
     rng = np.random.default_rng(0)
     while sum(map(len, pieces)) < total:
         count = min(int(rng.integers(1, 40)), total - sum(map(len, pieces)))
-        pieces.append(order_of(toy_lengths()).take(*cursor, count)[0])
+        pieces.append(order_of(toy_lengths()).take(*cursor, count).rows)
         cursor = order.advance(*cursor, count)
     assert np.array_equal(np.concatenate(pieces), rows)
     assert cursor == (2, 5)
@@ -77,10 +109,10 @@ def test_taking_in_pieces_equals_taking_at_once():
 
 def test_texts_of_an_image_come_in_every_round_equally_often():
     lengths = toy_lengths(images=300, texts_per_image=(4, 4), shard=100)
-    order = order_of(lengths)
+    order = order_of(lengths, window=100)
     places = np.zeros((4, 4), int)
     for pass_index in range(5):
-        rows, _ = order.take(pass_index, 0, 1200)
+        rows = whole_pass(order, pass_index).rows
         for round_index in range(4):
             chosen = rows[round_index * 300 : (round_index + 1) * 300] % 4
             places[round_index] += np.bincount(chosen, minlength=4)
@@ -90,16 +122,6 @@ def test_texts_of_an_image_come_in_every_round_equally_often():
 
 def test_no_texts_at_all():
     assert len(order_of(toy_lengths(), longest=1)) == 0
-
-
-def test_texts_need_not_be_ordered_by_image():
-    lengths = toy_lengths(images=20, texts_per_image=(3, 3), tokens=(5, 5))
-    mixed = np.random.default_rng(0).permutation(lengths.image_refs)
-    lengths = dataclasses.replace(lengths, image_refs=mixed)
-    rows, _ = order_of(lengths).take(0, 0, 60)
-    assert sorted(rows.tolist()) == list(range(60))
-    for round_index in range(3):
-        assert len(set(mixed[rows[round_index * 20 : round_index * 20 + 20]].tolist())) == 20
 
 
 @pytest.mark.parametrize("windows", [1, 2, 7])
@@ -114,6 +136,6 @@ def test_shuffle_within_windows(windows):
 
 
 def test_frozen_example():
-    """The order is part of the checkpoint format: a resumed run must meet the same texts under every version."""
-    rows, _ = order_of(toy_lengths(images=6, texts_per_image=(2, 2), tokens=(5, 5), shard=3), seed=7).take(0, 0, 12)
-    assert rows.tolist() == [9, 11, 0, 7, 3, 4, 5, 1, 2, 10, 6, 8]
+    """The order is part of the checkpoint format: who changes it raises ORDER_VERSION."""
+    lengths = toy_lengths(images=6, texts_per_image=(2, 2), tokens=(5, 5), shard=3)
+    assert order_of(lengths, seed=7, window=2).take(0, 0, 12).rows.tolist() == [10, 3, 0, 1, 11, 2, 7, 5, 9, 6, 4, 8]

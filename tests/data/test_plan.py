@@ -287,7 +287,7 @@ def test_evaluation_steps(unit, task, group):
     assert [step.index for step in steps] == list(range(len(steps)))
     assert len(steps) > 1
     examples = np.concatenate([step.examples for step in steps])
-    images = lengths.first_image[examples]
+    images = lengths.first_image(examples)
     assert len(set(images.tolist())) == 38  # 40 images: one round suffices
     for step in steps:
         assert step.task == task
@@ -330,10 +330,10 @@ def test_frozen_example():
     lengths = toy_lengths(images=6, texts_per_image=(2, 2), tokens=(5, 5), regions=(3, 3), shard=3)
     plan = plan_of(lengths, mix={"itm": 1}, seed=7, global_batch_examples=8)
     step, _ = plan.step(plan.start())
-    assert step.examples.tolist() == [9, 3, 11, 4, 0, 7, 5, 6]
-    assert step.labels.tolist() == [0, 1, 1, 0, 1, 0, 0, 1]
-    assert step.images.tolist() == [0, 1, 5, 5, 0, 0, 5, 3]
+    assert step.examples.tolist() == [10, 4, 3, 0, 6, 9, 11, 1]
+    assert step.labels.tolist() == [1, 0, 1, 1, 1, 0, 1, 1]
+    assert step.images.tolist() == [5, 5, 1, 0, 3, 0, 5, 0]
     assert plan_of(seed=7, global_batch_examples=8).fingerprint == (
-        "seed=e75017cace788f82,mix=1d2facd8ad318231,data=af7b2b4f91dd3f22,batch=28f53e4097c3021d,"
-        "itm=bc56551b7b12f325,dataset toy=fbd502903932b717"
+        "seed=e75017cace788f82,mix=1d2facd8ad318231,data=af7b2b4f91dd3f22,order=1bf41ef6fd6f6f6c,"
+        "batch=28f53e4097c3021d,itm=bc56551b7b12f325,dataset toy=fbd502903932b717"
     )

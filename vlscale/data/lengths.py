@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vlscale.data.chunks import slices
 from vlscale.errors import VlscaleError
 
 SPECIALS = 2
@@ -43,25 +45,25 @@ class DatasetLengths:
         for name in ("tokens", "image_ptr", "image_refs", "regions", "text_shards"):
             # A memory map is indexed faster as what it is underneath.
             object.__setattr__(self, name, np.asarray(getattr(self, name)))
-        texts = len(self.tokens)
+        texts, images = len(self.tokens), len(self.regions)
         self._require(
             len(self.image_ptr) == texts + 1, f"image_ptr has {len(self.image_ptr)} entries, expected {texts + 1}"
         )
-        self._require(_rises(self.image_ptr), "image_ptr does not rise from 0")
+        self._require(rises(self.image_ptr), "image_ptr does not rise from 0")
         self._require(
             int(self.image_ptr[-1]) == len(self.image_refs),
             f"image_ptr ends at {int(self.image_ptr[-1])}, but there are {len(self.image_refs)} image references",
         )
-        self._require(len(self.text_shards) >= 1 and _rises(self.text_shards), "text_shards does not rise from 0")
+        self._require(len(self.text_shards) >= 1 and rises(self.text_shards), "text_shards does not rise from 0")
         self._require(
             int(self.text_shards[-1]) == texts, f"the text shards hold {int(self.text_shards[-1])} of {texts} texts"
         )
-        bad = np.flatnonzero(self.tokens < 1)
-        self._require(not len(bad), f"text row {bad[:1]} has no tokens")
-        bad = np.flatnonzero((self.image_refs < 0) | (self.image_refs >= len(self.regions)))
-        self._require(not len(bad), f"an image reference is outside the {len(self.regions)} rows of the image store")
-        bad = np.flatnonzero(self.regions < 1)
-        self._require(not len(bad), f"image row {bad[:1]} has no regions")
+        row = first_outside(self.tokens, 1, None)
+        self._require(row is None, f"text row {row} has no tokens")
+        at = first_outside(self.image_refs, 0, images)
+        self._require(at is None, f"image reference {at} is outside the {images} rows of the image store")
+        row = first_outside(self.regions, 1, None)
+        self._require(row is None, f"image row {row} has no regions")
 
     def _require(self, holds: bool, problem: str) -> None:
         if not holds:
@@ -71,22 +73,26 @@ class DatasetLengths:
         """Number of texts N, over-long ones included."""
         return len(self.tokens)
 
-    @cached_property
-    def first_image(self) -> NDArray[np.int64]:
-        """int64 [N], the image row that pre-training pairs with each text; -1 where a text refers to none."""
-        first = np.full(len(self.tokens), -1, np.int64)
-        has = self.image_ptr[1:] > self.image_ptr[:-1]
-        first[has] = self.image_refs[self.image_ptr[:-1][has]]
+    def first_image(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [B], the image row that pre-training pairs with each text; -1 where a text refers to none."""
+        begin = self.image_ptr[rows]
+        has = self.image_ptr[rows + 1] > begin
+        if has.all():
+            return np.asarray(self.image_refs[begin], np.int64)
+        first = np.full(len(rows), -1, np.int64)
+        first[has] = self.image_refs[begin[has]]
         return first
 
     @cached_property
     def most_references(self) -> int:
         """Most images that one text refers to."""
-        return int(np.diff(self.image_ptr).max(initial=0))
+        return max(
+            (int(np.diff(self.image_ptr[part.start : part.stop + 1]).max()) for part in slices(len(self))), default=0
+        )
 
     def refers_to(self, texts: NDArray[np.int64], images: NDArray[np.int64]) -> NDArray[np.bool_]:
         """bool [B]: does text ``texts[i]`` refer to image row ``images[i]``, as its first image or as another?"""
-        found = self.first_image[texts] == images
+        found = self.first_image(texts) == images
         if self.most_references > 1:
             begin, end = self.image_ptr[texts], self.image_ptr[texts + 1]
             for place in range(1, self.most_references):
@@ -113,9 +119,27 @@ class DatasetLengths:
             (self.regions, "<i4"),
             (self.text_shards, "<i8"),
         ):
-            digest.update(np.ascontiguousarray(array, kind).tobytes())
+            digest.update(np.ascontiguousarray(array, kind).data)
         return digest.hexdigest()
 
 
-def _rises(array: NDArray[np.int64]) -> bool:
-    return len(array) > 0 and int(array[0]) == 0 and bool(np.all(array[1:] >= array[:-1]))
+def rises(array: NDArray[np.int64]) -> bool:
+    """Does the array begin at 0 and never fall?"""
+    if not len(array) or int(array[0]) != 0:
+        return False
+    return all(
+        bool(np.all(array[part.start + 1 : part.stop + 1] >= array[part.start : part.stop]))
+        for part in slices(len(array) - 1)
+    )
+
+
+def first_outside(array: NDArray[Any], low: int, high: int | None) -> int | None:
+    """Place of the first element below ``low`` or not below ``high``; None if there is none."""
+    for part in slices(len(array)):
+        piece = array[part]
+        if int(piece.min()) < low or (high is not None and int(piece.max()) >= high):
+            bad = piece < low
+            if high is not None:
+                bad |= piece >= high
+            return part.start + int(np.argmax(bad))
+    return None

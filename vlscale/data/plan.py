@@ -19,6 +19,7 @@ import numpy as np
 
 from vlscale.config import Recipe
 from vlscale.data.lengths import DatasetLengths
+from vlscale.data.order import ORDER_VERSION
 from vlscale.data.random import Draws
 from vlscale.data.source import Mix, PlanSettings, Source, Step
 from vlscale.errors import VlscaleError
@@ -98,7 +99,7 @@ class Plan:
         shares = np.array([self.sources[name].mix[task] for name, task in self.pairs])
         self.shares = shares / shares.sum()
         self._edges = np.cumsum(self.shares)[:-1]
-        self.left_out = {name: source.order.left_out for name, source in self.sources.items()}
+        self.left_out = {name: source.survey.left_out for name, source in self.sources.items()}
         self._draws = Draws(settings.seed)
         self._fingerprints = dict(fingerprints or {})
         self._check_batch()
@@ -179,7 +180,7 @@ class Plan:
         budget = self.settings.global_batch_tokens
         assert budget is not None
         group = self.settings.group_of(task)
-        mean = float(source.own_costs.mean())
+        mean = source.survey.costs.mean
         groups = int(budget / mean / group * 1.02) + 2
         while True:
             step = source.block(index, task, cursor, groups * group)
@@ -191,7 +192,7 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What the plan depends on, one short hash per part: ``seed=..,mix=..,data=..,batch=..,itm=..,dataset X=..``.
+        """What the plan depends on, one short hash per part: ``seed=..,mix=..,data=..,order=..,batch=.. ...``.
 
         Neither ``micro_batch_tokens`` nor the number of processes is in it.
         """
@@ -201,12 +202,13 @@ class Plan:
             "seed": settings.seed,
             "mix": [(name, task, self.sources[name].mix[task]) for name, task in self.pairs],
             "data": [settings.max_text_tokens, settings.max_regions, settings.window_shards],
+            "order": ORDER_VERSION,
             "batch": [settings.global_batch_tokens, settings.global_batch_examples],
             "itm": itm if any(task == "itm" for _, task in self.pairs) else None,
         }
         for name, source in self.sources.items():
             stores = self._fingerprints.get(name) or source.lengths.digest
-            parts[f"dataset {name}"] = [stores, len(source.lengths), source.order.left_out]
+            parts[f"dataset {name}"] = [stores, len(source.lengths), source.survey.left_out]
         return ",".join(f"{part}={_digest(value)}" for part, value in parts.items())
 
     def check_resume(self, fingerprint: str) -> None:
@@ -296,6 +298,7 @@ def _plain(part: str) -> str:
         "data": "recipe (data.max_text_tokens, data.max_regions or data.window_shards)",
         "batch": "recipe (batch.global_batch_tokens or batch.global_batch_examples)",
         "itm": "recipe (objectives.itm or objectives.wra.group)",
+        "order": "order of examples (another version of vlscale)",
     }
     return words.get(part, "data set on resume")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +13,7 @@ from vlscale.data.lengths import DatasetLengths
 from vlscale.data.order import PassOrder
 from vlscale.data.partners import Partners
 from vlscale.data.random import Draws
+from vlscale.data.survey import survey
 from vlscale.errors import VlscaleError
 
 Mix = Mapping[str, float]
@@ -111,76 +111,64 @@ class Source:
         self.lengths = lengths
         self.mix = {task: float(mix[task]) for task in TASKS if mix.get(task, 0) > 0}
         self.settings = settings
-        self.order = PassOrder(lengths, settings.seed, settings.window_shards, settings.max_text_tokens)
+        longest = settings.max_text_tokens
+        self.survey = survey(lengths, longest, settings.max_regions)
         self._check()
-        self._draws = Draws(settings.seed, lengths.name)
+        self.order = PassOrder(lengths, self.survey, settings.seed, settings.window_shards, longest)
         self._partners = None
         if "itm" in self.mix:
             self._partners = Partners(
                 lengths,
-                self.order.eligible,
-                self._draws,
+                self.survey,
+                Draws(settings.seed, lengths.name),
                 settings.itm_negative_probability,
                 settings.itm_replace,
+                longest,
             )
 
     def _check(self) -> None:
         name, longest = self.lengths.name, self.settings.max_text_tokens
-        if not len(self.order):
-            found = f"all {len(self.lengths)} texts are longer" if len(self.lengths) else "there are no texts at all"
+        if not self.survey.total:
+            why = f"all {len(self.lengths)} texts are longer" if len(self.lengths) else "there are no texts at all"
             raise VlscaleError(
-                f"dataset {name}: no text is left with data.max_text_tokens {longest} ({found}); raise it, or leave "
+                f"dataset {name}: no text is left with data.max_text_tokens {longest} ({why}); raise it, or leave "
                 f"the dataset out"
             )
-        lonely = self.order.eligible[self.lengths.first_image[self.order.eligible] < 0]
         wanted = [task for task in self.mix if task != "mlm"]
-        if len(lonely) and wanted:
+        found = self.survey
+        if found.lonely and wanted:
             raise VlscaleError(
-                f"dataset {name}: text row {lonely[0]} ({len(lonely)} of {len(self.order)}) has no image, which task "
-                f"{wanted[0]} needs; drop {', '.join(wanted)} from its mix (mlm alone takes texts without images)"
+                f"dataset {name}: text row {found.first_lonely} ({found.lonely} of {found.total}) has no image, which "
+                f"task {wanted[0]} needs; drop {', '.join(wanted)} from its mix (mlm alone takes texts without images)"
             )
 
     def block(self, index: int, task: str, cursor: tuple[int, int], count: int) -> Step:
         """Return the next ``count`` texts from ``cursor`` as a step, not yet cut to any budget."""
-        rows, passes = self.order.take(*cursor, count)
+        taken = self.order.take(*cursor, count)
+        rows = taken.rows
         if task == "itm":
             assert self._partners is not None
-            texts, images, labels = self._partners.draw(rows, passes)
+            texts, images, labels = self._partners.draw(taken)
         else:
-            texts, images, labels = rows, self.lengths.first_image[rows], np.ones(count, np.int8)
+            texts, images, labels = rows, self.lengths.first_image(rows), np.ones(count, np.int8)
         return Step(
             index=index,
             task=task,
             dataset=self.lengths.name,
             texts=texts,
             images=images,
-            passes=passes,
+            passes=taken.passes,
             examples=rows,
             labels=labels,
             group=(np.arange(count) // self.settings.group_of(task)).astype(np.int32),
             costs=self.lengths.costs(texts, images, self.settings.max_regions),
         )
 
-    @cached_property
-    def own_costs(self) -> NDArray[np.int32]:
-        """int32 [n], cost of each eligible text with its own image."""
-        rows = self.order.eligible
-        return self.lengths.costs(rows, self.lengths.first_image[rows], self.settings.max_regions)
-
-    @cached_property
-    def _parts(self) -> tuple[NDArray[np.int32], int]:
-        """Text part of each eligible example's cost, and the most regions that any image of the dataset gives."""
-        rows = self.order.eligible
-        none = np.full(len(rows), -1, np.int64)
-        most = min(int(self.lengths.regions.max(initial=0)), self.settings.max_regions)
-        return self.lengths.costs(rows, none, self.settings.max_regions), most
-
     def smallest_example(self, task: str) -> int:
         """Fewest tokens that one example of ``task`` can cost, whatever its partner."""
         if task != "itm" or self.settings.itm_negative_probability == 0:
-            return int(self.own_costs.min())
-        words, _ = self._parts
-        return int(words.min()) + min(int(self.lengths.regions.min()), self.settings.max_regions)
+            return self.survey.costs.least
+        return self.survey.words.least + self.survey.fewest_regions
 
     def heaviest(self, task: str, count: int) -> int:
         """Most tokens that ``count`` consecutive examples of ``task`` can cost together.
@@ -188,19 +176,11 @@ class Source:
         A run of consecutive examples meets each text once per pass it touches; drawn partners may be the largest
         every time.
         """
+        found = self.survey
         if task != "itm" or self.settings.itm_negative_probability == 0:
-            return _heaviest(self.own_costs, count)
-        words, regions = self._parts
+            return found.costs.heaviest(count)
         if self.settings.itm_replace == "image":
-            return _heaviest(words, count) + count * regions
+            return found.words.heaviest(count) + count * found.most_regions
         if self.settings.itm_replace == "text":
-            return count * int(words.max()) + _heaviest(self.own_costs - words, count)
-        return count * (int(words.max()) + regions)
-
-
-def _heaviest(values: NDArray[np.int32], count: int) -> int:
-    """Largest sum of ``count`` consecutive picks from a repeated pass over ``values`` in any order."""
-    times = 1 if count <= 1 else -(-(count - 1) // len(values)) + 1
-    full, rest = divmod(count, times)
-    falling = np.sort(values)[::-1]
-    return int(falling[:full].sum(dtype=np.int64)) * times + (rest * int(falling[full]) if rest else 0)
+            return count * found.words.most + found.regions.heaviest(count)
+        return count * (found.words.most + found.most_regions)

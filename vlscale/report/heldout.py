@@ -94,7 +94,8 @@ class HeldOut:
     @property
     def first_image(self) -> NDArray[np.int64]:
         """int64 [N], the image of each text."""
-        return self.dataset.lengths.first_image
+        lengths = self.dataset.lengths
+        return lengths.first_image(np.arange(len(lengths)))
 
     def captions(self) -> NDArray[np.int64]:
         """Rows of the texts that say all of their image: those of kind ``list``, or where no kind is recorded, all."""
@@ -233,7 +234,8 @@ def open_heldout(dataset: Dataset, seed: int, max_text_tokens: int, max_regions:
         VlscaleError: ``extra`` of a row is not what the module says; the row is named.
     """
     lengths = dataset.lengths
-    usable = (np.asarray(lengths.tokens) <= max_text_tokens) & (lengths.first_image >= 0)
+    first_image = lengths.first_image(np.arange(len(lengths)))
+    usable = (np.asarray(lengths.tokens) <= max_text_tokens) & (first_image >= 0)
     things_of = [_things(dataset, row) for row in range(len(dataset.images))]
     number: dict[str, int] = {}
     rows: list[tuple[int, int, int, int, int, int]] = []
@@ -242,7 +244,7 @@ def open_heldout(dataset: Dataset, seed: int, max_text_tokens: int, max_regions:
         row = dataset.texts.row(text)
         extra = row["extra"] if isinstance(row["extra"], dict) else {}
         kinds.append(extra["kind"] if isinstance(extra.get("kind"), str) else "")
-        image = int(lengths.first_image[text])
+        image = int(first_image[text])
         for start, end, region in _spans(dataset, text, image, extra.get("spans", [])):
             name = things_of[image][region] if things_of[image] else _spell(dataset, row["input_ids"][start:end])
             if name is None:
