@@ -33,6 +33,7 @@ def make_dataset(
     max_regions: int = 9,
     classes: bool = True,
     texts_without_image: int = 0,
+    codec: str = "none",
 ) -> Path:
     """Write a random dataset whose images are shared by texts, with ragged lengths and several shards.
 
@@ -45,7 +46,7 @@ def make_dataset(
     rng = np.random.default_rng(seed)
     vocabulary = make_vocabulary(vocab_size)
     counts = rng.integers(min_regions, max_regions + 1, images)
-    with ImageWriter(root, feature_dim, feature_dtype, shard_bytes=shard_bytes) as image_writer:  # type: ignore[arg-type]
+    with ImageWriter(root, feature_dim, feature_dtype, codec=codec, shard_bytes=shard_bytes) as image_writer:  # type: ignore[arg-type]
         for row, count in enumerate(counts):
             corner = rng.uniform(0, 0.6, (count, 2))
             boxes = np.concatenate([corner, corner + rng.uniform(0.05, 0.4, (count, 2))], 1)

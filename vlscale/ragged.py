@@ -20,7 +20,8 @@ class RaggedBatch:
         dataset: name of the dataset that the examples come from; keys the random draws.
         input_ids: int64 [Nt], word pieces including [CLS] and [SEP], masked where the objective says so.
         cu_text: int32 [B+1], cumulative text lengths; text i is ``input_ids[cu_text[i]:cu_text[i+1]]``.
-        features: float [Nr, D], region features in float32; zero at masked regions.
+        features: [Nr, D], region features in the dtype they are stored in (float16 or float32), which a model casts to
+            its own; zero at masked regions.
         boxes: float32 [Nr, 4], (x1, y1, x2, y2) in 0..1 of the image's width and height.
         cu_regions: int32 [B+1], cumulative region counts.
         passes: int64 [B], how many times the dataset had been gone through before this example was drawn.

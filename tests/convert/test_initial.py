@@ -106,6 +106,14 @@ def test_vlscale_folder(tmp_path):
             initial_state(tmp_path / "saved", tiny_model(**change).config)
 
 
+def test_weights_of_another_vocabulary_of_equal_size_are_refused(tmp_path):
+    tiny_model(vocab_fingerprint="a" * 64).save_pretrained(tmp_path / "saved")
+    with pytest.raises(VlscaleError, match=r"trained with the vocabulary aaaaaaaaaaaa, the texts have bbbbbbbbbbbb"):
+        initial_state(tmp_path / "saved", tiny_model(vocab_fingerprint="b" * 64).config)
+    for known in ("a" * 64, None):  # a model from before fingerprints were kept, or data that are not known
+        assert initial_state(tmp_path / "saved", tiny_model(vocab_fingerprint=known).config)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

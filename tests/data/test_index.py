@@ -109,6 +109,21 @@ def first(content):
     return content["shards"][0]
 
 
+def packed(content, name="shard.00000.mds.zstd"):
+    return {**first(content)["raw_data"], "basename": name}
+
+
+def test_a_compressed_shard_is_needed_uncompressed_unless_it_is_fetched(folder, columns) -> None:
+    change(folder, lambda content: first(content).update(compression="zstd:3", zip_data=packed(content)))
+    found = read_index(folder, columns).shards[0]
+    assert found.zip is not None
+    assert (found.zip.basename, found.zip.algorithm) == ("shard.00000.mds.zstd", "zstd:3")
+    (folder / "shard.00000.mds").unlink()
+    with pytest.raises(VlscaleError, match=r"only the compressed shard\.00000\.mds\.zstd is there; set data\.cache"):
+        read_index(folder, columns)
+    assert read_index(folder, columns, on_disk=False).shards[0] == found
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -116,8 +131,11 @@ def first(content):
         (lambda c: c.pop("shards"), "shards"),
         (lambda c: c.update(shards={}), "shards"),
         (lambda c: first(c).update(format="xsv"), "format"),
-        (lambda c: first(c).update(compression="zstd"), "compression"),
-        (lambda c: first(c).update(zip_data=first(c)["raw_data"]), "zip_data"),
+        (lambda c: first(c).update(compression="zstd"), "compression and zip_data do not go together"),
+        (lambda c: first(c).update(zip_data=packed(c)), "compression and zip_data do not go together"),
+        (lambda c: first(c).update(zip_data=first(c)["raw_data"]), "listed twice"),
+        (lambda c: first(c).update(compression="lzma", zip_data=packed(c)), "'lzma', which is not read here"),
+        (lambda c: first(c).update(compression="zstd", zip_data=packed(c, "../x")), "not a plain file name"),
         (lambda c: first(c).update(samples=-1), "samples"),
         (lambda c: first(c).update(samples=True), "samples"),
         (lambda c: first(c).update(samples=10**9), "cannot hold 1000000000 rows"),

@@ -1,31 +1,24 @@
-"""Our shard reader against mosaicml-streaming's, and against damaged shards."""
+"""The edge to streaming: compressed shards, and URLs that go to streaming's downloaders."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import random
+import os
 import shutil
-import subprocess
-import sys
-import time
+from pathlib import Path
 
-import numpy as np
 import pytest
-import xxhash
-from streaming.base.format.mds import MDSReader
 
-from tests.data.damage import patch, rewrite
+from tests.data.remotes import counted, open_counting
+from tests.data.test_remote import everything, flip
 from tests.helpers import make_dataset
-from vlscale.data import reader as reader_module
-from vlscale.data import shard
+from vlscale.data import fetch, mds
+from vlscale.data.cache import ShardCache
 from vlscale.data.dataset import open_dataset
 from vlscale.data.index import read_index
-from vlscale.data.mds import open_writer
 from vlscale.data.reader import MdsReader
+from vlscale.data.remote import CachedFiles, CacheSettings
 from vlscale.errors import VlscaleError
-
-MIXED = {"a": "ndarray:float16", "b": "int", "c": "str", "d": "json", "e": "ndarray:float32:3", "f": "ndarray:int32"}
 
 
 @pytest.fixture(scope="module")
@@ -38,268 +31,118 @@ def root(source, tmp_path):
     return shutil.copytree(source, tmp_path / "data")
 
 
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory):
-    """Rows of every encoding, with dimensions on both sides of 2**8 and 2**16."""
-    folder = tmp_path_factory.mktemp("mixed") / "store"
-    rng = np.random.default_rng(0)
-    writer = open_writer(folder, MIXED, 1 << 18)
-    for row, width in enumerate([1, 255, 256, 300, 65535, 65536, 3] * 3):
-        writer.write(
-            {
-                "a": rng.standard_normal((2, width)).astype(np.float16),
-                "b": row - 5,
-                "c": "é" * (row % 3),
-                "d": {"row": row, "list": [1.5, None]},
-                "e": rng.standard_normal(3).astype(np.float32),
-                "f": rng.integers(0, 9, width).astype(np.int32),
-            }
-        )
-    writer.finish()
-    return folder
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch):
+    monkeypatch.setattr(fetch, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(fetch, "_LOOK_S", 0.01)
 
 
-def theirs(folder):
-    """All rows of a store by streaming's own reader."""
-    shards = json.loads((folder / "index.json").read_text())["shards"]
-    readers = [MDSReader.from_json(str(folder), "", shard) for shard in shards]
-    return [reader[row] for reader in readers for row in range(len(reader))]
+COMPRESSIONS = ["zstd:3", "zstd", "gz:1", "bz2:1", "br:1", "snappy"]
 
 
-def equal(one, other) -> bool:
-    if isinstance(one, np.ndarray):
-        return one.dtype == other.dtype and np.array_equal(one, other)
-    return type(one) is type(other) and one == other
+def compress(root: Path, algorithm: str) -> None:
+    """Write every shard of a dataset anew as streaming's MDSWriter does with compression."""
+    from streaming.base.compression import compress as theirs
+    from streaming.base.hashing import get_hash
+
+    for folder in (root / "texts", root / "images", root / "classes"):
+        index = json.loads((folder / "index.json").read_text())
+        for shard in index["shards"]:
+            path = folder / shard["raw_data"]["basename"]
+            packed = theirs(algorithm, path.read_bytes())
+            name = f"{path.name}.{algorithm.partition(':')[0]}"
+            (folder / name).write_bytes(packed)
+            shard["compression"] = algorithm
+            shard["zip_data"] = {"basename": name, "bytes": len(packed), "hashes": {"xxh64": get_hash("xxh64", packed)}}
+            path.unlink()
+        (folder / "index.json").write_text(json.dumps(index))
 
 
-def test_rows_equal_those_of_streaming(mixed, source) -> None:
-    assert len(list(mixed.glob("*.mds"))) > 3
-    readers = [(mixed, MdsReader(read_index(mixed, MIXED), True))]
-    dataset = open_dataset("a", source)
-    readers += [(source / name, getattr(dataset, name)._reader) for name in ("texts", "images", "classes")]
-    for folder, reader in readers:
-        expected = theirs(folder)
-        assert len(reader) == len(expected)
-        for row, values in enumerate(expected):
-            found = reader.row(row)
-            assert found.keys() == values.keys()
-            assert all(equal(found[name], values[name]) for name in values), (folder, row)
+@pytest.mark.parametrize("algorithm", COMPRESSIONS)
+def test_compressed_shards_are_decompressed_into_the_cache(root, tmp_path, algorithm) -> None:
+    expected = everything(open_dataset("toy", root))
+    compress(root, algorithm)
+    with pytest.raises(VlscaleError, match=r"only the compressed .* is there; set data\.cache"):
+        open_dataset("toy", root)
+    cached = open_counting(root, tmp_path / "cache", tmp_path / "log")
+    assert everything(cached) == expected
+    assert set(counted(tmp_path / "log").values()) == {1}
+    name = cached.texts.reader.index.shards[0].zip.basename
+    assert not list(cached.root.glob(f"**/*{Path(name).suffix}"))
+    (cached.root / "texts" / "shard.00000.mds").unlink()
+    flip(root / "texts" / name)
+    with pytest.raises(VlscaleError, match=r"shard\.00000\.mds\.\w+: damaged: its xxh64"):
+        open_counting(root, tmp_path / "cache", tmp_path / "log").texts.row(0)
 
 
-def test_many_rows_at_once_keep_their_order_across_shards(mixed) -> None:
-    reader = MdsReader(read_index(mixed, MIXED), True)
-    expected = theirs(mixed)
-    rows = np.random.default_rng(1).integers(0, len(reader), 50)
-    found = reader.arrays(rows, ["f", "a", "e"], [1, 2, 1])
-    for name, views in zip(("f", "a", "e"), found, strict=True):
-        assert all(equal(view, expected[row][name]) for view, row in zip(views, rows, strict=True))
-        assert not any(view.flags.writeable for view in views)
-    assert reader.arrays(np.empty(0, np.int64), ["f"], [1]) == [[]]
+def test_what_streaming_writes_with_compression_is_read(tmp_path) -> None:
+    from streaming import MDSWriter
+
+    columns = {"a": "int", "b": "str"}
+    with MDSWriter(
+        out=str(tmp_path / "s"), columns=columns, compression="zstd:7", hashes=["xxh64"], size_limit=500
+    ) as out:
+        for row in range(50):
+            out.write({"a": row, "b": "x" * row})
+    cache = ShardCache(tmp_path / "cache", None)
+    place = cache.folder / "key" / "store"
+    place.mkdir(parents=True)
+    shutil.copy(tmp_path / "s" / "index.json", place)
+    index = read_index(place, columns, on_disk=False)
+    assert len(index.shards) > 3
+    reader = MdsReader(index, True, CachedFiles(index, tmp_path / "s", cache, fetch.Fetcher()))
+    assert [reader.row(row) for row in range(50)] == [{"a": row, "b": "x" * row} for row in range(50)]
 
 
-@pytest.mark.parametrize("row", [-1, 21])
-def test_a_row_outside_the_store_is_an_index_error(mixed, row) -> None:
-    with pytest.raises(IndexError):
-        MdsReader(read_index(mixed, MIXED), True).row(row)
+@pytest.mark.parametrize("algorithm", COMPRESSIONS)
+def test_a_bomb_or_rubbish_is_refused_before_it_is_unpacked(algorithm) -> None:
+    from streaming.base.compression import compress as theirs
+
+    bomb = theirs(algorithm, bytes(50_000_000))
+    with pytest.raises(ValueError, match=r"promises|come out"):
+        mds.decompress(algorithm, bomb, 1000)
+    assert mds.decompress(algorithm, theirs(algorithm, b"good" * 250), 1000) == b"good" * 250
+    packed = theirs(algorithm, os.urandom(1000))
+    for damaged in (b"", b"rubbish", packed[: len(packed) // 2], theirs(algorithm, bytes(999))):
+        with pytest.raises(ValueError, match=r"."):
+            mds.decompress(algorithm, damaged, 1000)
 
 
-def test_an_array_of_other_dimensions_names_shard_row_and_column(mixed) -> None:
-    reader = MdsReader(read_index(mixed, MIXED), True)
-    with pytest.raises(VlscaleError, match=r"shard\.00000\.mds: row 1 .*column 'f' is not an array of 2 dimensions"):
-        reader.arrays(np.array([1]), ["f"], [2])
-
-
-def test_a_flipped_byte_is_found_at_first_touch_unless_unwanted(root) -> None:
-    path = root / "texts" / "shard.00001.mds"
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 1
-    path.write_bytes(content)
-    texts = open_dataset("a", root).texts
-    rows = np.arange(texts.shard_ends[1], dtype=np.int64)
-    texts.input_ids(rows)
-    with pytest.raises(VlscaleError, match=r"shard\.00001\.mds: damaged: its xxh64 is"):
-        texts.input_ids(rows + 1)
-    open_dataset("a", root, verify=False).texts.input_ids(rows + 1)
-
-
-def test_a_shard_is_hashed_once_and_a_store_without_hashes_is_named(root, monkeypatch) -> None:
-    hashed = []
-    real = xxhash.xxh64_hexdigest
-
-    def counting(data) -> str:
-        hashed.append(len(data))
-        return real(data)
-
-    monkeypatch.setattr(shard.xxhash, "xxh64_hexdigest", counting)
-    monkeypatch.setattr(reader_module, "MAX_OPEN_SHARDS", 1)
-    texts = open_dataset("a", root).texts
-    for _ in range(3):
-        texts.input_ids(np.arange(len(texts)))
-    assert len(hashed) == len(texts.shard_ends) - 1 > 1
-    assert len(texts._reader._open) == 1
-    index = json.loads((root / "texts" / "index.json").read_text())
-    index["shards"][0]["raw_data"]["hashes"] = {}
-    (root / "texts" / "index.json").write_text(json.dumps(index))
-    with pytest.raises(VlscaleError, match="records no xxh64"):
-        open_dataset("a", root).texts.input_ids(np.array([0]))
-    open_dataset("a", root, verify=False).texts.input_ids(np.array([0]))
-
-
-def test_a_shard_that_shrinks_or_goes_after_opening_is_named(root) -> None:
-    dataset = open_dataset("a", root)
-    for path in (root / "texts").glob("*.mds"):
-        path.write_bytes(path.read_bytes()[:-1])
-    for path in (root / "images").glob("*.mds"):
-        path.unlink()
-    with pytest.raises(VlscaleError, match=r"shard\.00000\.mds: \d+ bytes, expected \d+ by index\.json"):
-        dataset.texts.input_ids(np.array([0]))
-    with pytest.raises(VlscaleError, match=r"shard\.00000\.mds: cannot be opened"):
-        dataset.images.regions(np.array([0]), 9)
-
-
-def words(*values: int) -> bytes:
-    return np.array(values, "<u4").tobytes()
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda c: c.__setitem__(slice(0, 4), words(1)), "holds 1 rows, expected"),
-        (lambda c: c.__setitem__(slice(4, 8), words(0)), "offsets do not rise"),
-        (lambda c: c.__setitem__(slice(8, 12), c[4:8]), "offsets do not rise"),
-        (lambda c: c.__setitem__(slice(8, 12), words(2**32 - 1)), "offsets do not rise"),
-        (lambda c: c.extend(b"more"), "offsets do not rise"),
-        (lambda c: c.__delitem__(slice(-4, None)), "offsets do not rise"),
-    ],
-)
-def test_a_header_that_lies_is_refused(root, edit, message) -> None:
-    rewrite(root / "images", 0, edit)
-    with pytest.raises(VlscaleError, match=rf"shard\.00000\.mds: .*{message}"):
-        open_dataset("a", root).images.regions(np.array([0]), 9)
-
-
-@pytest.mark.parametrize(
-    ("at", "value", "message"),
-    [
-        (0, bytes([2 << 2 | 3]), "does not fit its bytes"),
-        (0, bytes([1 << 2]), "is not an array of 2 dimensions"),
-        (0, bytes([3 << 2]), "is not an array of 2 dimensions"),
-        (0, bytes([2 << 2 | 1]), "does not fit its bytes"),
-        (1, b"\0", "does not fit its bytes"),
-        (1, b"\xff", "does not fit its bytes"),
-        (2, b"\x01", "does not fit its bytes"),
-    ],
-)
-def test_an_array_header_that_lies_is_refused(root, at, value, message) -> None:
-    images = open_dataset("a", root).images
-    patch(root / "images", images._reader, 3, "features", at, value)
-    with pytest.raises(VlscaleError, match=rf"row \d+ of the shard column 'features' .*{message}"):
-        open_dataset("a", root).images.regions(np.array([3]), 9)
-
-
-def test_dimensions_whose_product_overflows_are_refused(tmp_path) -> None:
-    writer = open_writer(tmp_path / "s", {"a": "ndarray:float16"}, 1 << 20)
-    writer.write({"a": np.ones((1, 16), np.float16)})  # 3 + 32 bytes; as uint64 dimensions: 17 + 18
-    writer.finish()
-    reader = MdsReader(read_index(tmp_path / "s", {"a": "ndarray:float16"}), True)
-    for dimensions in ((2**63, 2), (2**32, 2**32), (2**64 - 1, 2**64 - 1), (9, 2**64 // 9), (2, 4)):
-        head = bytes([2 << 2 | 3]) + np.array(dimensions, "<u8").tobytes()
-        patch(tmp_path / "s", reader, 0, "a", 0, head)
-        damaged = MdsReader(read_index(tmp_path / "s", {"a": "ndarray:float16"}), True)
-        with pytest.raises(VlscaleError, match="does not fit its bytes"):
-            damaged.arrays(np.array([0]), ["a"], [2])
-    patch(tmp_path / "s", reader, 0, "a", 0, bytes([2 << 2 | 3]) + np.array((3, 3), "<u8").tobytes())
-    (views,) = MdsReader(read_index(tmp_path / "s", {"a": "ndarray:float16"}), True).arrays(np.array([0]), ["a"], [2])
-    assert views[0].shape == (3, 3)
-
-
-def test_text_that_is_not_text_and_json_that_is_not_json_are_refused(root) -> None:
-    texts = open_dataset("a", root).texts
-    patch(root / "texts", texts._reader, 0, "text", 0, b"\xff")
-    patch(root / "texts", texts._reader, 1, "extra", 0, b"[")
-    damaged = open_dataset("a", root).texts
-    with pytest.raises(VlscaleError, match="column 'text' is not valid str"):
-        damaged.row(0)
-    with pytest.raises(VlscaleError, match="column 'extra' is not valid json"):
-        damaged.row(1)
-
-
-READ = {
-    "texts": lambda store, rows: store.input_ids(rows),
-    "images": lambda store, rows: store.regions(rows, 5),
-    "classes": lambda store, rows: store.probs(rows),
+URLS = {
+    "s3://bucket/data": "S3Downloader",
+    "gs://bucket/data": "GCSDownloader",
+    "azure://account/data": "AzureDownloader",
+    "azure-dl://account/data": "AzureDataLakeDownloader",
+    "oci://bucket@space/data": "OCIDownloader",
+    "hf://datasets/org/name/data": "HFDownloader",
+    "sftp://user@host/data": "SFTPDownloader",
+    "dbfs:/data": "DBFSDownloader",
+    "dbfs:/Volumes/data": "DatabricksUnityCatalogDownloader",
 }
 
 
-@pytest.mark.parametrize("store", READ)
-def test_random_damage_of_a_shard_is_an_error_or_harmless(root, store) -> None:
-    """With hashes off, any bytes may come: VlscaleError is the only exception, and nothing crashes."""
-    folder = root / store
-    path = folder / "shard.00000.mds"
-    good = path.read_bytes()
-    rng = random.Random(3)
-    refused = 0
-    for trial in range(250):
-        damaged = bytearray(good)
-        # The first half aims at the counts, offsets and row headers, the rest at anything.
-        reach = 64 if trial < 125 else len(damaged)
-        for _ in range(rng.choice((1, 2, 9))):
-            damaged[rng.randrange(reach)] = rng.choice((0, 1, 255, rng.randrange(256)))
-        path.write_bytes(damaged)
-        opened = getattr(open_dataset("a", root, verify=False), store)
-        rows = np.arange(opened._reader.ends[1])
-        try:
-            READ[store](opened, rows)
-        except VlscaleError:
-            refused += 1
-        with contextlib.suppress(VlscaleError):
-            for row in rows.tolist():
-                opened.row(row)
-    assert refused > 60
+@pytest.mark.parametrize("url", URLS)
+def test_each_kind_of_url_goes_to_streamings_downloader(url, root, tmp_path, monkeypatch) -> None:
+    """The classes are streaming's; only what would open a connection is replaced."""
+    from streaming.base.storage import download as theirs
+
+    kind = getattr(theirs, URLS[url])
+    asked = []
+
+    def answer(self, remote: str, local: str, timeout: float) -> None:
+        asked.append(timeout)
+        assert remote.startswith(url + "/")
+        shutil.copy(root / remote.removeprefix(url + "/"), local)
+
+    monkeypatch.setattr(kind, "__init__", lambda self: setattr(self, "_url", None))
+    monkeypatch.setattr(kind, "_download_file_impl", answer)
+    monkeypatch.setattr(mds, "_idle", {})
+    settings = CacheSettings(tmp_path / "cache", timeout_s=7.0)
+    found = open_dataset("toy", url, True, settings)
+    assert everything(found) == everything(open_dataset("toy", root))
+    assert set(asked) == {7.0}
 
 
-def test_a_row_larger_than_a_shard_leaves_no_empty_shard(tmp_path) -> None:
-    writer = open_writer(tmp_path / "s", {"a": "ndarray:float32"}, 300)
-    for _ in range(3):
-        writer.write({"a": np.ones(500, np.float32)})
-    writer.finish()
-    index = read_index(tmp_path / "s", {"a": "ndarray:float32"})
-    assert [shard.samples for shard in index.shards] == [1, 1, 1]
-
-
-@pytest.mark.parametrize("size", [0, -1, 1 << 40])
-def test_a_shard_size_out_of_range_is_refused(tmp_path, size) -> None:
-    with pytest.raises(VlscaleError, match="shard_bytes"):
-        open_writer(tmp_path / "s", {"a": "int"}, size)
-
-
-def test_reading_needs_no_streaming_and_writing_says_so(source, tmp_path) -> None:
-    code = (
-        "import sys; sys.modules['streaming'] = None\n"
-        "import numpy as np\n"
-        "from vlscale.data.dataset import open_dataset\n"
-        "from vlscale.data.store_writer import ClassWriter\n"
-        f"d = open_dataset('a', {str(source)!r})\n"
-        "d.classes.probs(d.images.regions(d.texts.lengths[:3] * 0, 9)[3])\n"
-        f"with ClassWriter({str(tmp_path / 'x')!r}, 3): pass\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert "VlscaleError" in done.stderr
-    assert "writing needs mosaicml-streaming" in done.stderr.splitlines()[-1]
-
-
-def test_packed_ids_are_faster_than_rows_one_by_one(source) -> None:
-    """A ratio, with a wide margin: the hot path must not decode row by row."""
-    texts = open_dataset("a", source).texts
-    rows = np.random.default_rng(0).integers(0, len(texts), 512)
-
-    def seconds(read) -> float:
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            read()
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    one_by_one = seconds(lambda: [texts.row(int(row))["input_ids"] for row in rows])
-    assert seconds(lambda: texts.input_ids(rows)) * 4 < one_by_one
+def test_a_scheme_that_nobody_knows_lists_those_that_are(tmp_path) -> None:
+    with pytest.raises(VlscaleError, match=r"ftp://.*no downloader is known for this scheme \(known: .*s3"):
+        open_dataset("toy", "ftp://host/data", True, CacheSettings(tmp_path / "cache"))

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from vlscale.data.packing import PackedBatch
+from vlscale.data.packing import Block, PackedBatch
 from vlscale.ragged import RaggedBatch
 
 
@@ -56,6 +56,7 @@ def test_round_trip(examples):
 def test_one_block():
     packed = PackedBatch.pack(batch_of())
     assert packed.buffer.is_shared()
+    assert packed.slot is None
     unpacked = packed.unpack()
     base = packed.buffer.untyped_storage().data_ptr()
     tensors = [unpacked.features, unpacked.input_ids, unpacked.region_mask, unpacked.targets["region_positions"]]
@@ -63,9 +64,36 @@ def test_one_block():
     assert all(tensor.data_ptr() % 64 == base % 64 for tensor in tensors)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_pinned():
-    pinned = PackedBatch.pack(batch_of()).pin_memory()
-    assert pinned.buffer.is_pinned()
-    equal(pinned.unpack(), batch_of())
+def test_what_lies_in_the_block_is_not_copied():
+    memory = torch.full((4096,), 7, dtype=torch.uint8)
+    block = Block(memory)
+    features = block.empty((9, 5), torch.float16)
+    boxes = block.empty((9, 4), torch.float32)
+    batch = dataclasses.replace(batch_of(), features=features.fill_(1.5), boxes=boxes.fill_(0.25))
+    places = [block.place(features), block.place(boxes)]
+    assert places == [0, 128]
+    packed = PackedBatch.pack(batch, block, 3)
+    assert (packed.buffer, packed.slot) == (None, 3)
+    layout = {(name, key): begin for name, key, _, _, begin in packed.layout}
+    assert [layout["features", None], layout["boxes", None]] == places
+    assert layout["input_ids", None] == 128 + 192
+    equal(pickle.loads(pickle.dumps(packed)).unpack(memory), batch)
+
+
+def test_parts_of_what_lies_in_the_block_keep_their_place():
+    block = Block(torch.zeros(4096, dtype=torch.uint8))
+    whole = block.empty((8, 4), torch.float32)
+    assert block.place(whole[2:5]) == 32
+    assert block.place(whole[:, 1]) == 128  # has gaps: copied
+    assert block.place(torch.zeros(0, 4)) == 0
+
+
+@pytest.mark.parametrize("size", [0, 64, 500])
+def test_a_block_that_is_too_small_is_replaced(size):
+    block = Block(torch.zeros(size, dtype=torch.uint8))
+    features = block.empty((9, 5), torch.float32)  # fits into 500
+    batch = dataclasses.replace(batch_of(), features=features.copy_(batch_of().features))
+    packed = PackedBatch.pack(batch, block, 3)
+    assert packed.slot is None
+    equal(packed.unpack(), batch_of())
+    assert all(begin % 64 == 0 for *_, begin in packed.layout)

@@ -61,6 +61,12 @@ def test_overrides_lie_over_the_preset_and_data_fill_the_rest():
         ({"preset": "uniter-base"}, {"feature_dim": 1280}, "preset uniter-base: feature_dim is 2048"),
         ({"preset": "uniter-base"}, {"vocab_size": 30522}, "vocab_size is 28996, but the texts' vocabulary has 30522"),
         ({"preset": "uniter-base"}, {"num_classes": 1000}, "num_classes is 1601"),
+        (
+            {"config": {"vocab_fingerprint": "a" * 64}},
+            {"vocab_fingerprint": "b" * 64},
+            "vocab_fingerprint is aaaa.*, but the texts' vocabulary has bbbb",
+        ),
+        ({"config": {"vocab_fingerprint": "x"}}, {}, "vocab_fingerprint: .* found 'x'"),
         ({"config": {"max_position_embeddings": 64}}, {"max_text_tokens": 63}, "needs 65"),
     ],
 )
@@ -68,6 +74,13 @@ def test_what_does_not_fit_is_said_in_one_line(section, facts, message):
     with pytest.raises(VlscaleError, match=message) as caught:
         resolve_config(ModelSection(**section), **facts)
     assert "\n" not in str(caught.value)
+
+
+def test_the_models_folder_keeps_the_vocabularys_fingerprint(tmp_path):
+    section = ModelSection(config={"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1})
+    model = build_model(section, vocab_size=20, vocab_fingerprint="c" * 64)
+    model.save_pretrained(tmp_path)
+    assert type(model).from_pretrained(tmp_path).config.vocab_fingerprint == "c" * 64
 
 
 def test_build_model_draws_from_torch():

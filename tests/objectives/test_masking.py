@@ -160,6 +160,9 @@ def test_masked_regions_lose_their_features_and_nothing_else():
     assert torch.equal(masked.region_mask, chosen)
     torch.testing.assert_close(batch.features, before, equal_nan=True)
     assert batch.region_mask is None
+    in_place = mask_regions(batch, chosen, in_place=True)
+    assert in_place.features is batch.features
+    torch.testing.assert_close(in_place.features, masked.features, equal_nan=True)
 
 
 @pytest.mark.parametrize("settings", [{}, {"content_probability": 0.4}])

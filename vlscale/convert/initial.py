@@ -75,6 +75,12 @@ def read_initial(path: Path, config: UniterConfig) -> tuple[dict[str, Tensor], W
                 f"{path}: num_attention_heads is {saved.num_attention_heads}, the model's is "
                 f"{config.num_attention_heads}; set model.config.num_attention_heads"
             )
+        known = (saved.vocab_fingerprint, config.vocab_fingerprint)
+        if None not in known and known[0] != known[1]:  # of equal size, or the word table does not fit
+            raise VlscaleError(
+                f"{path}: the weights were trained with the vocabulary {str(known[0])[:12]}, the texts have "
+                f"{str(known[1])[:12]}; import the texts with the tokenizer that the weights were trained with"
+            )
         state, ignored = read_weights(path, shapes), tuple[str, ...]()
     elif is_bert_folder(path):
         bert = read_bert(path, config)

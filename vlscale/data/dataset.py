@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlscale.data.lengths import DatasetLengths
+from vlscale.config import is_url
+from vlscale.data.fetch import shown
+from vlscale.data.lengths import DatasetLengths, first_outside
+from vlscale.data.reader import FilesOf
+from vlscale.data.remote import CachedRoot, CacheSettings, open_root
 from vlscale.data.schema import Vocabulary
 from vlscale.data.store import ClassStore, ImageStore, TextStore
 from vlscale.errors import VlscaleError
@@ -21,7 +25,7 @@ class Dataset:
 
     Attributes:
         name: its name in the recipe.
-        root: its folder.
+        root: its folder; for a remote, the one in the cache.
         texts: the texts.
         images: the images.
         classes: the regions' class probabilities, or None.
@@ -78,41 +82,55 @@ class Dataset:
         return None if self.classes is None else self.classes.meta.num_classes
 
 
-def open_dataset(name: str, root: Path | str, verify: bool = True) -> Dataset:
+def open_dataset(name: str, root: Path | str, verify: bool = True, cache: CacheSettings | None = None) -> Dataset:
     """Open the dataset in ``root``; reads indexes, meta.json and side files, no shard.
 
     Args:
         name: its name in the recipe.
-        root: folder with images/, texts/ and, for mrc and mrckl, classes/.
+        root: folder or URL with images/, texts/ and, for mrc and mrckl, classes/.
         verify: check each shard's hash when it is first touched.
+        cache: fetch everything into a cache first, shards when they are needed; a URL needs one, and a folder may
+            have one (a slow mount, compressed shards).
 
     Raises:
-        VlscaleError: a store is missing, damaged, or does not fit the others.
+        VlscaleError: a store is missing, damaged, or does not fit the others; or a remote does not answer.
     """
-    root = Path(root)
-    for part in ("texts", "images"):
-        if not (root / part).is_dir():
+    if cache is None and is_url(root):
+        raise VlscaleError(f"dataset {name}: {shown(root)} is a remote; set data.cache to a folder for what is fetched")
+    if not is_url(root):
+        root = Path(root)
+        for part in ("texts", "images"):
+            if not (root / part).is_dir():
+                raise VlscaleError(
+                    f"dataset {name}: {root / part} is no folder; set data.datasets[].root to a folder with texts/ and "
+                    f"images/, or build the dataset first"
+                )
+    remote = None if cache is None else open_root(root, cache)
+    place = Path(root) if remote is None else remote.folder
+    texts = TextStore(place / "texts", verify, _files(remote, "texts"))
+    images = ImageStore(place / "images", verify, _files(remote, "images"))
+    _check_refs(place, texts, images)
+    classes = None
+    if (place / "classes").exists():
+        classes = ClassStore(place / "classes", verify, _files(remote, "classes"))
+        regions = images.region_ptr.total
+        if len(classes) != regions:
             raise VlscaleError(
-                f"dataset {name}: {root / part} is no folder; set data.datasets[].root to a folder with texts/ and "
-                f"images/, or build the dataset first"
+                f"{place / 'classes'}: {len(classes)} rows, but the images have {regions} regions; build it again"
             )
-    texts = TextStore(root / "texts", verify)
-    images = ImageStore(root / "images", verify)
+    return Dataset(name, place, texts, images, classes)
+
+
+def _files(remote: CachedRoot | None, store: str) -> FilesOf | None:
+    return None if remote is None else partial(remote.files, store)
+
+
+def _check_refs(root: Path, texts: TextStore, images: ImageStore) -> None:
     refs = texts.image_refs
-    bad = (refs < 0) | (refs >= len(images))
-    if bad.any():
-        at = int(np.argmax(bad))
+    at = first_outside(refs, 0, len(images))
+    if at is not None:
         row = int(np.searchsorted(texts.image_ptr, at, side="right")) - 1
         raise VlscaleError(
             f"{root / 'texts' / 'image_refs.npy'}: text row {row} refers to image row {refs[at]}, but images/ has "
             f"{len(images)} rows; build both stores again"
         )
-    classes = None
-    if (root / "classes").exists():
-        classes = ClassStore(root / "classes", verify)
-        regions = int(images.region_ptr[-1])
-        if len(classes) != regions:
-            raise VlscaleError(
-                f"{root / 'classes'}: {len(classes)} rows, but the images have {regions} regions; build it again"
-            )
-    return Dataset(name, root, texts, images, classes)

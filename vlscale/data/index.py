@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import stat
 import tokenize
@@ -20,14 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vlscale.data.schema import Meta, first_problem
+from vlscale.data.schema import CODED, Meta, first_problem
 from vlscale.errors import VlscaleError
 
 INDEX_NAME = "index.json"
 HASH = "xxh64"
 MAX_JSON_BYTES = 64 << 20
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}", re.ASCII)
+_COMPRESSION = re.compile(r"(br|bz2|gz|snappy|zstd)(:[0-9]{1,2})?", re.ASCII)
 _ENCODING = re.compile(r"(str|int|json)|ndarray:(float16|float32|int32)(?::([1-9][0-9]{0,7}))?", re.ASCII)
+_CODED = re.compile(CODED + r":(lossless|uint8):(float16|float32)", re.ASCII)
 AnyMeta = TypeVar("AnyMeta", bound=Meta)
 _REBUILD = "restore the file or build the store again"
 
@@ -39,8 +42,8 @@ class Column:
     Attributes:
         name: its name.
         encoding: as index.json spells it.
-        kind: ``str``, ``int``, ``json`` or ``ndarray``.
-        dtype: element type of an array, little-endian; None for other kinds.
+        kind: ``str``, ``int``, ``json``, ``ndarray`` or ``coded`` (an array that :mod:`vlscale.data.codec` has coded).
+        dtype: element type of an array, coded or not, little-endian; None for other kinds.
         shape: fixed shape of an array; None if it is ragged.
         size: bytes per row, or None where it varies.
     """
@@ -59,6 +62,9 @@ class Column:
         Raises:
             VlscaleError: the encoding is none that vlscale's stores use.
         """
+        coded = _CODED.fullmatch(encoding)
+        if coded:
+            return cls(name, encoding, "coded", np.dtype(coded[2]).newbyteorder("<"), None, None)
         match = _ENCODING.fullmatch(encoding)
         if not match:
             raise VlscaleError(f"column {name!r} has the encoding {encoding!r}, which is not read here")
@@ -71,13 +77,27 @@ class Column:
 
 
 @dataclass(frozen=True)
+class ZipFile:
+    """The compressed form of a shard: file name, size in bytes, xxh64 (hex) if recorded, and algorithm (``zstd:3``)."""
+
+    basename: str
+    bytes: int
+    xxh64: str | None
+    algorithm: str
+
+
+@dataclass(frozen=True)
 class ShardFile:
-    """One shard as index.json promises it: its name, size in bytes, number of rows, and xxh64 (hex) if recorded."""
+    """One shard as index.json promises it: its name, size in bytes, number of rows, and xxh64 (hex) if recorded.
+
+    ``zip`` is its compressed form, if the store was written with compression.
+    """
 
     basename: str
     bytes: int
     samples: int
     xxh64: str | None
+    zip: ZipFile | None = None
 
 
 @dataclass(frozen=True)
@@ -108,15 +128,15 @@ class _Model(BaseModel):
 
 class _File(_Model):
     basename: str
-    bytes: int = Field(ge=8, lt=1 << 32)
+    bytes: int = Field(ge=1, lt=1 << 32)
     hashes: dict[str, str]
 
 
 class _Shard(_Model):
     version: Literal[2]
     format: Literal["mds"]
-    compression: None
-    zip_data: None
+    compression: str | None
+    zip_data: _File | None
     raw_data: _File
     samples: int = Field(ge=0, lt=1 << 30)
     column_names: list[str]
@@ -129,16 +149,17 @@ class _Index(_Model):
     shards: list[_Shard]
 
 
-def read_index(folder: Path, columns: Mapping[str, str]) -> StoreIndex:
+def read_index(folder: Path, columns: Mapping[str, str], on_disk: bool = True) -> StoreIndex:
     """Read and validate ``folder/index.json``; no shard is opened, but each is looked at on disk.
 
     Args:
         folder: the store's folder.
         columns: the columns it must have, name -> MDS encoding.
+        on_disk: the shards lie in ``folder``, uncompressed; False where they are fetched into it when needed.
 
     Raises:
         VlscaleError: the index is missing, damaged, of another format, lists other columns, or a shard that is missing,
-            of another size, or outside the folder.
+            of another size, compressed, or outside the folder.
     """
     path = folder / INDEX_NAME
     raw = read_bytes(path)
@@ -154,12 +175,19 @@ def read_index(folder: Path, columns: Mapping[str, str]) -> StoreIndex:
     for shard in index.shards:
         _check_columns(path, shard, expected)
         _check_shard(path, shard, seen)
-    shards = tuple(
-        ShardFile(shard.raw_data.basename, shard.raw_data.bytes, shard.samples, shard.raw_data.hashes.get(HASH))
-        for shard in index.shards
-    )
+        if on_disk:
+            _check_on_disk(path, shard)
+    shards = tuple(_shard_file(shard) for shard in index.shards)
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     return StoreIndex(folder, expected, shards, digest)
+
+
+def _shard_file(shard: _Shard) -> ShardFile:
+    raw, packed = shard.raw_data, shard.zip_data
+    zipped = None
+    if packed is not None and shard.compression is not None:
+        zipped = ZipFile(packed.basename, packed.bytes, packed.hashes.get(HASH), shard.compression)
+    return ShardFile(raw.basename, raw.bytes, shard.samples, raw.hashes.get(HASH), zipped)
 
 
 def _check_columns(path: Path, shard: _Shard, expected: tuple[Column, ...]) -> None:
@@ -180,14 +208,31 @@ def _check_columns(path: Path, shard: _Shard, expected: tuple[Column, ...]) -> N
 
 
 def _check_shard(path: Path, shard: _Shard, seen: set[str]) -> None:
+    files = [shard.raw_data] if shard.zip_data is None else [shard.raw_data, shard.zip_data]
+    for name in (file.basename for file in files):
+        if not _SHARD_NAME.fullmatch(name):
+            raise VlscaleError(f"{path}: shard name {name!r} is not a plain file name inside the folder; {_REBUILD}")
+        if name in seen:
+            raise VlscaleError(f"{path}: shard {name!r} is listed twice; {_REBUILD}")
+        seen.add(name)
     name = shard.raw_data.basename
-    if not _SHARD_NAME.fullmatch(name):
-        raise VlscaleError(f"{path}: shard name {name!r} is not a plain file name inside the folder; {_REBUILD}")
-    if name in seen:
-        raise VlscaleError(f"{path}: shard {name!r} is listed twice; {_REBUILD}")
-    seen.add(name)
+    if (shard.compression is None) != (shard.zip_data is None):
+        raise VlscaleError(f"{path}: shard {name!r}: compression and zip_data do not go together; {_REBUILD}")
+    if shard.compression is not None and not _COMPRESSION.fullmatch(shard.compression):
+        raise VlscaleError(
+            f"{path}: shard {name!r} has the compression {shard.compression!r}, which is not read here; {_REBUILD}"
+        )
     if 4 * (shard.samples + 2) > shard.raw_data.bytes:
         raise VlscaleError(f"{path}: shard {name!r} cannot hold {shard.samples} rows in its size; {_REBUILD}")
+
+
+def _check_on_disk(path: Path, shard: _Shard) -> None:
+    name = shard.raw_data.basename
+    if shard.zip_data is not None and not os.path.lexists(path.parent / name):
+        raise VlscaleError(
+            f"{path.parent / name}: only the compressed {shard.zip_data.basename} is there; set data.cache to a folder "
+            f"to decompress into, or decompress the store"
+        )
     size = file_size(path.parent / name, "which index.json lists")
     if size != shard.raw_data.bytes:
         raise VlscaleError(

@@ -13,6 +13,9 @@ from vlscale.errors import VlscaleError
 
 FloatName = Literal["float16", "float32"]
 Width = Annotated[int, Field(ge=1, le=1 << 20)]
+CODED = "vlscale_features"
+"""Name of the MDS encoding of coded features: ``vlscale_features:<codec>:<dtype>``; see :mod:`vlscale.data.codec`."""
+
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 """Names that BERT's vocabularies give the five special tokens."""
 
@@ -99,12 +102,13 @@ class Vocabulary(Meta):
 
 
 class ImagesMeta(Meta):
-    """images/meta.json: width D and dtype of the region features, and what computed them."""
+    """images/meta.json: width D and dtype of the region features, how they are coded, and what computed them."""
 
     kind: Literal["images"] = "images"
     version: Literal[1] = 1
     feature_dim: Width
     feature_dtype: FloatName
+    feature_codec: Literal["none", "lossless", "uint8"] = "none"
     source: str = Field("", description="free text: the detector or network behind the features")
 
 
@@ -134,11 +138,14 @@ class ClassesMeta(Meta):
 
 def image_columns(meta: ImagesMeta) -> dict[str, str]:
     """Columns (name -> MDS encoding) of the images store; arrays without a shape are ragged."""
+    features = f"ndarray:{meta.feature_dtype}"
+    if meta.feature_codec != "none":
+        features = f"{CODED}:{meta.feature_codec}:{meta.feature_dtype}"
     return {
         "id": "str",
         "width": "int",
         "height": "int",
-        "features": f"ndarray:{meta.feature_dtype}",
+        "features": features,
         "boxes": "ndarray:float32",
         "conf": "ndarray:float32",
         "extra": "json",

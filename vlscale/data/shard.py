@@ -22,8 +22,12 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from vlscale.data.codec import decode_into, shape_of
 from vlscale.data.index import HASH, Column, ShardFile
 from vlscale.errors import VlscaleError
+
+MAX_CODED_ELEMENTS = 1 << 28
+"""Most elements of a coded array that are decoded for people; batches know their sizes from elsewhere."""
 
 _REBUILD = "restore the file or build the store again"
 
@@ -130,18 +134,52 @@ class Shard:
             VlscaleError: a row's bytes are not such an array.
         """
         found: list[list[NDArray[Any]]] = []
+        for name, (start, dimensions) in zip(names, self.shapes(rows, names, ndims), strict=True):
+            dtype = self.columns[self._places[name]].dtype
+            shapes = zip(*dimensions.T.tolist(), strict=True) if dimensions.size else []
+            found.append([np.ndarray(s, dtype, self.bytes, at) for s, at in zip(shapes, start.tolist(), strict=True)])
+        return found
+
+    def shapes(
+        self, rows: NDArray[np.int64], names: Sequence[str], ndims: Sequence[int]
+    ) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Where the values of array columns lie, and their shapes: what a batch needs to copy them in one go.
+
+        Args:
+            rows: int64 [B], rows within the shard.
+            names: array columns.
+            ndims: the number of dimensions each must have.
+
+        Returns:
+            For each name ``(start, dimensions)``: int64 [B], the byte of the first value from the start of the file,
+            and int64 [B, ndim]. The values follow each other without gaps, and all lie inside the file.
+
+        Raises:
+            VlscaleError: a row's bytes are not such an array.
+        """
+        found = []
         for name, ndim, (start, size) in zip(names, ndims, self.spans(rows, names), strict=True):
             column = self.columns[self._places[name]]
             assert column.dtype is not None, name
             if column.shape is not None:
-                shapes = [column.shape] * len(rows)
+                found.append((start, np.tile(np.array(column.shape, np.int64), (len(rows), 1))))
             else:
-                start, dimensions = self._dimensions(rows, column, start, size, ndim)
-                shapes = list(zip(*dimensions.T.tolist(), strict=True))
-            found.append(
-                [np.ndarray(s, column.dtype, self.bytes, at) for s, at in zip(shapes, start.tolist(), strict=True)]
-            )
+                found.append(self._dimensions(rows, column, start, size, ndim))
         return found
+
+    def elements(self, starts: NDArray[np.int64], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Gather one value of ``dtype`` from each byte position, aligned or not.
+
+        Args:
+            starts: int64 [K], each at least ``dtype.itemsize`` bytes before the end of the file.
+            dtype: of any size, also a void type for several values together.
+
+        Returns:
+            A copy, [K].
+        """
+        # A view in which an element begins at every byte; only the elements asked for are ever read.
+        window: NDArray[Any] = np.ndarray((len(self.bytes) - dtype.itemsize + 1,), dtype, self.bytes, 0, (1,))
+        return window[starts]
 
     def _dimensions(
         self, rows: NDArray[np.int64], column: Column, start: NDArray[np.int64], size: NDArray[np.int64], ndim: int
@@ -208,9 +246,24 @@ class Shard:
             self._fail(row[0], f"column {column.name!r} is not valid {column.kind} ({error})")
         if column.kind == "int":
             return int(np.frombuffer(raw, "<i8")[0])
+        if column.kind == "coded":
+            return self._decode_features(row, column, raw)
         ndim = raw[0] >> 2 if column.shape is None and raw else 1
         self._require(np.array([1 <= ndim <= 8]), row, f"column {column.name!r} has no sensible shape")
         return self.arrays(row, [column.name], [ndim])[0][0].copy()
+
+    def _decode_features(self, row: NDArray[np.int64], column: Column, raw: bytes) -> NDArray[Any]:
+        assert column.dtype is not None
+        blob = np.frombuffer(raw, np.uint8)
+        try:
+            rows, width = shape_of(blob)
+            if rows * width > MAX_CODED_ELEMENTS:
+                raise ValueError(f"claims {rows} x {width} elements")
+            found: NDArray[Any] = np.empty((rows, width), column.dtype)
+            decode_into(column.encoding.split(":")[1], blob, found)
+        except ValueError as error:
+            self._fail(row[0], f"column {column.name!r} cannot be decoded ({error})")
+        return found
 
     def _require(self, holds: NDArray[np.bool_], rows: NDArray[np.int64], problem: str) -> None:
         if not holds.all():

@@ -2,106 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ValidationError
-from typing_extensions import Self
 
-from vlscale.data.index import read_array
-from vlscale.data.mds import open_writer
+from vlscale.data.codec import decode_into, encode
+from vlscale.data.index import INDEX_NAME, read_array, read_index, read_meta
 from vlscale.data.schema import (
     ClassesMeta,
     ImagesMeta,
     TextsMeta,
     Vocabulary,
     class_columns,
-    first_problem,
     image_columns,
     text_columns,
 )
+from vlscale.data.writer_base import StoreWriter, clip_boxes, floats, make_meta, plain_json, require_shape
 from vlscale.errors import VlscaleError
 
 SHARD_BYTES = 64 << 20
-BOX_SLACK = 1e-5
-"""Boxes may leave 0..1 by this much (rounding of pixel coordinates); they are clipped to it."""
+TEXT_SHARD_BYTES = 8 << 20
+LEAST_SHARD_BYTES = 64 << 10
+"""A text shard does not end with the images' before it has so many bytes."""
+
 _Float = Literal["float16", "float32"]
-
-
-class StoreWriter:
-    """Common part: a context manager that fills ``ROOT/.NAME.tmp-<pid>`` and renames it to ``ROOT/NAME`` at the end.
-
-    When the block raises, the temporary folder is removed and ``ROOT/NAME`` never exists.
-    """
-
-    def __init__(self, root: Path | str, name: str, meta: BaseModel, columns: Mapping[str, str], shard_bytes: int):
-        self.target = Path(root) / name
-        self.folder = self.target.with_name(f".{name}.tmp-{os.getpid()}")
-        self.rows_written = 0
-        self._meta = meta
-        self._columns = columns
-        self._shard_bytes = shard_bytes
-        self._mds: Any = None
-
-    def __enter__(self) -> Self:
-        self._refuse_existing()
-        try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            if self.folder.exists():  # left by a killed process that had the same id
-                shutil.rmtree(self.folder)
-            self._mds = open_writer(self.folder, self._columns, self._shard_bytes)
-        except OSError as error:
-            raise VlscaleError(f"{self.target}: cannot be written ({error})") from None
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._mds.cancel_future_jobs()
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _finish(self) -> None:
-        self._check_complete()
-        self._mds.finish()
-        for name, array in self._side_files().items():
-            np.save(self.folder / name, array, allow_pickle=False)
-        (self.folder / "meta.json").write_text(self._meta.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        self._refuse_existing()
-        os.rename(self.folder, self.target)
-
-    def _refuse_existing(self) -> None:
-        if os.path.lexists(self.target):
-            raise VlscaleError(f"{self.target}: exists already and is not overwritten; remove it or choose another")
-
-    def _append(self, row: dict[str, Any]) -> int:
-        """Hand one checked row to MDS and return its number."""
-        if self._mds is None:
-            raise RuntimeError(f"{type(self).__name__} is a context manager: use it in a with statement")
-        try:
-            self._mds.write(row)
-        except UnicodeEncodeError:  # half a surrogate pair, which JSON escapes can spell
-            raise VlscaleError(f"{self.target}: row {self.rows_written}: its id or text is not Unicode") from None
-        self.rows_written += 1
-        return self.rows_written - 1
-
-    def _check_complete(self) -> None:
-        """Raise if what was written does not fit together."""
-
-    @abstractmethod
-    def _side_files(self) -> dict[str, NDArray[Any]]:
-        """Arrays to save beside the shards, by file name."""
 
 
 class ImageWriter(StoreWriter):
@@ -112,10 +39,13 @@ class ImageWriter(StoreWriter):
         feature_dim: width D of the region features.
         feature_dtype: dtype the features are stored in; keep the source's.
         source: free text, what computed the features.
+        codec: ``lossless`` (default), ``uint8`` (see :mod:`vlscale.data.codec`) or ``none``.
         shard_bytes: size at which a new shard is begun.
+        compression: of whole shards (``zstd:3``), for features that are not coded.
 
     Attributes:
         rows: image id -> row, for :class:`TextWriter`.
+        codec_error: what ``uint8`` has lost so far.
 
     Raises:
         VlscaleError: the folder exists, or a setting is out of range.
@@ -128,11 +58,21 @@ class ImageWriter(StoreWriter):
         feature_dtype: _Float = "float16",
         *,
         source: str = "",
+        codec: str = "lossless",
         shard_bytes: int = SHARD_BYTES,
+        compression: str | None = None,
     ) -> None:
-        meta = _meta(ImagesMeta, feature_dim=feature_dim, feature_dtype=feature_dtype, source=source)
-        super().__init__(root, "images", meta, image_columns(meta), shard_bytes)
+        meta = make_meta(
+            ImagesMeta, feature_dim=feature_dim, feature_dtype=feature_dtype, feature_codec=codec, source=source
+        )
+        if codec != "none" and compression is not None:
+            raise VlscaleError(
+                f"{root}: codec {codec!r} has compressed the features already, compressing the shards again would only "
+                f"cost time; drop compression {compression!r}, or set codec='none'"
+            )
+        super().__init__(root, "images", meta, image_columns(meta), shard_bytes, compression)
         self.meta = meta
+        self.codec_error = CodecError()
         self.rows: dict[str, int] = {}
         self._lengths: list[int] = []
 
@@ -166,39 +106,74 @@ class ImageWriter(StoreWriter):
             raise VlscaleError(f"{where}: the id must be a non-empty string that no other image has")
         if not (1 <= width < 1 << 31 and 1 <= height < 1 << 31):  # NaN fails too
             raise VlscaleError(f"{where}: size {width} x {height}, expected at least 1 x 1 pixels")
-        features = _floats(where, "features", features, self.meta.feature_dtype)
+        features = floats(where, "features", features, self.meta.feature_dtype)
         count = len(features) if features.ndim else 0
         if not count:
             raise VlscaleError(f"{where}: no regions; leave it out, or use the whole image as one region")
-        _shape(where, "features", features, (count, self.meta.feature_dim))
-        boxes = _floats(where, "boxes", boxes, "float32")
-        _shape(where, "boxes", boxes, (count, 4))
-        conf = np.ones(count, np.float32) if conf is None else _floats(where, "conf", conf, "float32")
-        _shape(where, "conf", conf, (count,))
+        require_shape(where, "features", features, (count, self.meta.feature_dim))
+        boxes = floats(where, "boxes", boxes, "float32")
+        require_shape(where, "boxes", boxes, (count, 4))
+        conf = np.ones(count, np.float32) if conf is None else floats(where, "conf", conf, "float32")
+        require_shape(where, "conf", conf, (count,))
         row = self._append(
             {
                 "id": id,
                 "width": int(width),
                 "height": int(height),
-                "features": features,
-                "boxes": _clip_boxes(where, boxes),
+                "features": self._coded(features),
+                "boxes": clip_boxes(where, boxes),
                 "conf": conf,
-                "extra": _json(where, extra),
+                "extra": plain_json(where, extra),
             }
         )
         self.rows[id] = row
         self._lengths.append(count)
         return row
 
+    def _coded(self, features: NDArray[Any]) -> NDArray[Any] | bytes:
+        codec = self.meta.feature_codec
+        if codec == "none":
+            return features
+        blob = encode(codec, features)
+        if codec == "uint8":
+            found = np.empty_like(features)
+            decode_into(codec, np.frombuffer(blob, np.uint8), found)
+            self.codec_error.add(features, found)
+        return blob
+
     def _side_files(self) -> dict[str, NDArray[Any]]:
         return {"lengths.npy": np.asarray(self._lengths, "<i4")}
+
+
+class CodecError:
+    """What a lossy codec loses: the largest error, and the root mean square error over that of the features."""
+
+    def __init__(self) -> None:
+        self.largest = 0.0
+        self._lost = self._total = 0.0
+
+    def add(self, before: NDArray[Any], after: NDArray[Any]) -> None:
+        """Compare features of one shape."""
+        difference = after.astype(np.float64) - before.astype(np.float64)
+        self.largest = max(self.largest, float(np.abs(difference).max(initial=0)))
+        self._lost += float(np.square(difference).sum())
+        self._total += float(np.square(before.astype(np.float64)).sum())
+
+    @property
+    def relative(self) -> float:
+        """Root mean square error over the features' own root mean square; 0 where nothing is lost."""
+        return float(np.sqrt(self._lost / self._total)) if self._total else 0.0
+
+    def __str__(self) -> str:
+        return f"largest error {self.largest:.3g}, root mean square {self.relative:.3%} of the features'"
 
 
 class TextWriter(StoreWriter):
     """Writes ``ROOT/texts``: one row per text.
 
-    Texts come in the order of the first image that they refer to, those that refer to none last. Then a shard of texts
-    needs few shards of images.
+    Texts come in the order of the first image that they refer to, those that refer to none last. A shard of texts ends
+    where a shard of images does, if that is there already: then a window of text shards needs whole image shards, and
+    no other.
 
     Args:
         root: the dataset's folder.
@@ -206,6 +181,7 @@ class TextWriter(StoreWriter):
         image_rows: image id -> row of the images store (:attr:`ImageWriter.rows`).
         tokenizer_json: content of a ``tokenizer.json`` to keep beside the texts.
         shard_bytes: size at which a new shard is begun.
+        compression: of whole shards (``zstd:3``).
 
     Raises:
         VlscaleError: the folder exists, or a setting is out of range.
@@ -218,10 +194,12 @@ class TextWriter(StoreWriter):
         image_rows: Mapping[str, int],
         tokenizer_json: str | None = None,
         *,
-        shard_bytes: int = SHARD_BYTES,
+        shard_bytes: int = TEXT_SHARD_BYTES,
+        compression: str | None = None,
     ) -> None:
         meta = TextsMeta(vocabulary=vocabulary)
-        super().__init__(root, "texts", meta, text_columns(meta), shard_bytes)
+        super().__init__(root, "texts", meta, text_columns(meta), shard_bytes, compression)
+        self._image_ends = _shard_ends(Path(root) / "images")
         self.meta = meta
         self._image_rows = image_rows
         self._tokenizer_json = tokenizer_json
@@ -256,7 +234,7 @@ class TextWriter(StoreWriter):
             ids = np.asarray(input_ids)
         except ValueError as error:
             raise VlscaleError(f"{where}: input_ids are not one row of integers ({error})") from None
-        _shape(where, "input_ids", ids, (ids.size,))
+        require_shape(where, "input_ids", ids, (ids.size,))
         if not ids.size:
             raise VlscaleError(f"{where}: no tokens; leave the text out, or look at the tokenizer")
         if ids.dtype.kind not in "iu":
@@ -276,13 +254,15 @@ class TextWriter(StoreWriter):
                 f"{where}: its first image is row {first:.0f}, after a text of {last}; write texts sorted by the row "
                 f"of their first image, texts without images last"
             )
+        if refs and self._crosses(first):
+            self._mds.end_shard(LEAST_SHARD_BYTES)
         row = self._append(
             {
                 "id": str(id),
                 "text": str(text),
                 "input_ids": ids.astype("<i4"),
                 "images": list(images),
-                "extra": _json(where, extra),
+                "extra": plain_json(where, extra),
             }
         )
         self._last = first
@@ -290,6 +270,11 @@ class TextWriter(StoreWriter):
         self._refs.extend(refs)
         self._ptr.append(len(self._refs))
         return row
+
+    def _crosses(self, image: float) -> bool:
+        """Does ``image`` lie in another shard of images than the last text's?"""
+        ends = self._image_ends
+        return self._last >= 0 and bool(np.diff(np.searchsorted(ends, [self._last, image], side="right"))[0])
 
     def _side_files(self) -> dict[str, NDArray[Any]]:
         if self._tokenizer_json is not None:
@@ -310,6 +295,7 @@ class ClassWriter(StoreWriter):
         dtype: dtype the probabilities are stored in.
         class_names: names of the C classes.
         shard_bytes: size at which a new shard is begun.
+        compression: of whole shards (``zstd:3``).
 
     Raises:
         VlscaleError: the folder exists, or a setting is out of range.
@@ -323,10 +309,11 @@ class ClassWriter(StoreWriter):
         class_names: Sequence[str] | None = None,
         *,
         shard_bytes: int = SHARD_BYTES,
+        compression: str | None = None,
     ) -> None:
         names = None if class_names is None else list(class_names)
-        meta = _meta(ClassesMeta, num_classes=num_classes, dtype=dtype, class_names=names)
-        super().__init__(root, "classes", meta, class_columns(meta), shard_bytes)
+        meta = make_meta(ClassesMeta, num_classes=num_classes, dtype=dtype, class_names=names)
+        super().__init__(root, "classes", meta, class_columns(meta), shard_bytes, compression)
         self.meta = meta
 
     def write(self, probs: ArrayLike) -> None:
@@ -336,8 +323,8 @@ class ClassWriter(StoreWriter):
             VlscaleError: a wrong width, or values that are NaN, infinite or outside 0..1.
         """
         where = f"classes row {self.rows_written}"
-        probs = _floats(where, "probs", probs, self.meta.dtype)
-        _shape(where, "probs", probs, (len(probs) if probs.ndim else 0, self.meta.num_classes))
+        probs = floats(where, "probs", probs, self.meta.dtype)
+        require_shape(where, "probs", probs, (len(probs) if probs.ndim else 0, self.meta.num_classes))
         if len(probs) and (probs.min() < 0 or probs.max() > 1.001):
             span = f"{probs.min()}..{probs.max()}"
             raise VlscaleError(f"{where}: probs span {span}, expected 0..1; apply the softmax first")
@@ -355,46 +342,8 @@ class ClassWriter(StoreWriter):
         return {}
 
 
-def _meta(model: Any, **values: Any) -> Any:
-    try:
-        return model(**values)
-    except ValidationError as error:
-        raise VlscaleError(f"{model.__name__}: {first_problem(error)}") from None
-
-
-def _floats(where: str, name: str, values: ArrayLike, dtype: str) -> NDArray[Any]:
-    """Return ``values`` as little-endian ``dtype``; NaN and infinity, also by overflow, are refused."""
-    try:
-        with np.errstate(over="ignore"):
-            array = np.asarray(values).astype(np.dtype(dtype), casting="same_kind")
-    except (TypeError, ValueError) as error:
-        raise VlscaleError(f"{where}: {name} are not numbers that fit {dtype} ({error})") from None
-    if not np.isfinite(array).all():
-        raise VlscaleError(f"{where}: {name} contain NaN or infinity, or exceed {dtype}; mend them, or store float32")
-    return array
-
-
-def _shape(where: str, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
-    if array.shape != shape:
-        raise VlscaleError(f"{where}: {name} have shape {list(array.shape)}, expected {list(shape)}")
-
-
-def _clip_boxes(where: str, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
-    clipped = np.clip(boxes, 0.0, 1.0)
-    bad = (np.abs(boxes - clipped) > BOX_SLACK).any(1) | (clipped[:, 2:] <= clipped[:, :2]).any(1)
-    if bad.any():
-        region = int(np.argmax(bad))
-        raise VlscaleError(
-            f"{where}: box {boxes[region].tolist()} of region {region} is not x1 < x2, y1 < y2 inside 0..1; "
-            f"divide pixel coordinates by width and height"
-        )
-    return clipped
-
-
-def _json(where: str, extra: Mapping[str, Any] | None) -> dict[str, Any]:
-    value = dict(extra or {})
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise VlscaleError(f"{where}: extra is not JSON ({error})") from None
-    return value
+def _shard_ends(folder: Path) -> NDArray[np.int64]:
+    """Rows at which the shards of a store end; empty if there is no store yet."""
+    if not (folder / INDEX_NAME).exists():
+        return np.zeros(0, np.int64)
+    return read_index(folder, image_columns(read_meta(ImagesMeta, folder / "meta.json"))).ends

@@ -18,6 +18,7 @@ _CURES = {
     "vocab_size": "the texts' vocabulary has",
     "feature_dim": "the images store's features are this wide:",
     "num_classes": "the classes store has",
+    "vocab_fingerprint": "the texts' vocabulary has",
 }
 
 
@@ -44,18 +45,20 @@ def resolve_config(
     vocab_size: int | None = None,
     feature_dim: int | None = None,
     num_classes: int | None = None,
+    vocab_fingerprint: str | None = None,
     max_text_tokens: int | None = None,
 ) -> UniterConfig:
     """Lay the recipe's overrides over the preset, and fill in what only the data know.
 
-    ``vocab_size``, ``feature_dim`` and ``num_classes`` come from the stores (None: not known, for example without a
-    classes store). Where the preset or the recipe states them too, both must agree.
+    ``vocab_size``, ``feature_dim``, ``num_classes`` and ``vocab_fingerprint`` come from the stores (None: not known,
+    for example without a classes store). Where the preset or the recipe states them too, both must agree.
 
     Args:
         section: the recipe's ``model``.
         vocab_size: word pieces of the texts' vocabulary.
         feature_dim: width of a region feature.
         num_classes: classes of the detector.
+        vocab_fingerprint: of the texts' vocabulary; the model's folder keeps it.
         max_text_tokens: longest text of the data, without [CLS] and [SEP]; the model must have positions for it.
 
     Raises:
@@ -66,7 +69,12 @@ def resolve_config(
             f"model.name {section.name!r} is unknown{nearest(section.name, MODELS)} (known: {[*MODELS]})"
         )
     stated = {**(load_preset(section.preset) if section.preset else {}), **section.config}
-    facts = {"vocab_size": vocab_size, "feature_dim": feature_dim, "num_classes": num_classes}
+    facts = {
+        "vocab_size": vocab_size,
+        "feature_dim": feature_dim,
+        "num_classes": num_classes,
+        "vocab_fingerprint": vocab_fingerprint,
+    }
     known = {key: value for key, value in facts.items() if value is not None}
     config = parse_config(UniterConfig, {**known, **stated}, "model.config")
     for key, value in known.items():
@@ -83,7 +91,7 @@ def resolve_config(
     return config
 
 
-def build_model(section: ModelSection, **data_facts: int | None) -> UniterForPretraining:
+def build_model(section: ModelSection, **data_facts: Any) -> UniterForPretraining:
     """Build the model that the recipe describes, with fresh weights (draws from torch's default generator).
 
     Args:

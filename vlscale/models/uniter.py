@@ -34,6 +34,9 @@ class UniterConfig(EncoderConfig):
     type_vocab_size: int = Field(2, ge=2, description="row 0: text, row 1: regions, by default")
     feature_dim: int = Field(2048, ge=1, description="width of a region feature")
     num_classes: int = Field(1601, ge=1, description="classes of the detector, background included")
+    vocab_fingerprint: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="of the texts' vocabulary that the word table was trained with"
+    )
 
 
 @dataclass

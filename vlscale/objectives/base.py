@@ -68,7 +68,11 @@ class Objective(Protocol):
         """Whether the loader must fill ``targets["class_probs"]`` after :meth:`prepare`."""
 
     def prepare(self, batch: RaggedBatch, draws: Draws) -> RaggedBatch:
-        """Return the batch with inputs masked and targets set; ``batch`` itself stays as it is. Runs on the CPU."""
+        """Return the batch with inputs masked and targets set; runs on the CPU.
+
+        Features of masked regions become zero in ``batch`` itself, which the caller has just read for this; the rest
+        of it stays as it is.
+        """
 
     def counts(self, batch: RaggedBatch) -> dict[str, float]:
         """Return every denominator of :meth:`terms`, before any forward; zero for an empty slot (weight 0).

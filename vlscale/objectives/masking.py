@@ -134,9 +134,14 @@ def draw_regions(
     return torch.from_numpy(chosen)
 
 
-def mask_regions(batch: RaggedBatch, chosen: Tensor) -> RaggedBatch:
-    """Return the batch with ``region_mask`` set to ``chosen`` (bool [Nr]) and the features of those regions zeroed."""
-    features = torch.where(chosen[:, None], 0, batch.features)
+def mask_regions(batch: RaggedBatch, chosen: Tensor, in_place: bool = False) -> RaggedBatch:
+    """Return the batch with ``region_mask`` set to ``chosen`` (bool [Nr]) and the features of those regions zeroed.
+
+    With ``in_place`` the features of ``batch`` itself become zero: a copy would cost as much as reading them did.
+    """
+    features = batch.features if in_place else batch.features.clone()
+    # Rows are set, not multiplied by the mask: NaN would stay NaN.
+    features[chosen] = 0
     return dataclasses.replace(batch, features=features, region_mask=chosen)
 
 

@@ -34,7 +34,7 @@ class MaskedLanguageModeling:
         masked = self.masking.draw(batch, draws, f"{self.name}_tokens")
         if self.region_probability is not None:
             chosen = draw_regions(batch, draws, f"{self.name}_regions", self.region_probability, at_least_one=False)
-            batch = mask_regions(batch, chosen)
+            batch = mask_regions(batch, chosen, in_place=True)
         targets = batch.targets | {"token_positions": masked.positions, "token_labels": masked.labels}
         return dataclasses.replace(batch, input_ids=masked.input_ids, targets=targets)
 

@@ -34,7 +34,7 @@ class MaskedRegions:
         chosen = draw_regions(batch, draws, f"{self.name}_regions", self.probability)
         positions = chosen.nonzero().squeeze(1)
         targets = batch.targets | {"region_positions": positions} | self._targets(batch, positions)
-        batch = dataclasses.replace(mask_regions(batch, chosen), targets=targets)
+        batch = dataclasses.replace(mask_regions(batch, chosen, in_place=True), targets=targets)
         if self.masking is not None:
             masked = self.masking.draw(batch, draws, f"{self.name}_tokens", at_least_one=False)
             batch = dataclasses.replace(batch, input_ids=masked.input_ids)
@@ -59,7 +59,7 @@ class RegionFeatureRegression(MaskedRegions):
     """Regress the features of masked regions: squared error, mean over regions and over the D dimensions.
 
     The mean over dimensions is the authors' code; the paper writes a sum. Targets: ``region_positions``,
-    ``region_features`` float32 [K, D].
+    ``region_features`` [K, D] in the features' dtype.
     """
 
     name: str = "mrfr"
@@ -86,7 +86,8 @@ class RegionFeatureRegression(MaskedRegions):
 class RegionClassification(MaskedRegions):
     """Predict the detector's most probable class of masked regions: cross-entropy, mean over regions.
 
-    Targets: ``region_positions``, ``class_probs`` float32 [K, C] (the loader fills them from the classes store).
+    Targets: ``region_positions``, ``class_probs`` [K, C] in the stored dtype (the loader fills them from the classes
+    store).
 
     Attributes:
         background_class: never a target: the most probable of the other classes is (UNITER: 0). None: all are.
