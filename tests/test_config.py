@@ -122,3 +122,28 @@ def test_repeated_dataset_names_are_refused() -> None:
     twice = {**MINIMAL, "data": {"datasets": MINIMAL["data"]["datasets"] * 2}}  # type: ignore[index]
     with pytest.raises(VlscaleError, match="names repeat"):
         parse_recipe(twice, "here")
+
+
+def test_a_root_is_a_folder_or_a_url_and_a_url_needs_a_cache(recipe_file) -> None:
+    remote = ("data.datasets.0.root=s3://bucket/data",)
+    with pytest.raises(VlscaleError, match=r"its root is a remote; set data\.cache"):
+        load_recipe(recipe_file, remote)
+    recipe = load_recipe(recipe_file, (*remote, "data.cache=cache", "data.cache_limit=1.5 GiB"))
+    assert recipe.data.datasets[0].root == "s3://bucket/data"
+    assert recipe.data.cache == Path("cache")
+    assert recipe.data.cache_limit == 3 << 29
+    assert parse_recipe(resolved(recipe), "x") == recipe
+    assert load_recipe(recipe_file, ("data.datasets.0.root=a:b/c",)).data.datasets[0].root == Path("a:b/c")
+
+
+@pytest.mark.parametrize(
+    ("value", "found"), [("64gb", 64 * 10**9), ("10", 10), ("null", None), ("2MiB", 2 << 20), ("5kb", 5000)]
+)
+def test_a_cache_limit_has_units(recipe_file, value, found) -> None:
+    assert load_recipe(recipe_file, (f"data.cache_limit={value}",)).data.cache_limit == found
+
+
+@pytest.mark.parametrize("value", ["much", "64 parsecs", "-1", "0", "1e9gb"])
+def test_a_cache_limit_that_is_no_size_is_refused(recipe_file, value) -> None:
+    with pytest.raises(VlscaleError, match=r"data\.cache_limit: "):
+        load_recipe(recipe_file, (f"data.cache_limit={value}",))

@@ -12,15 +12,41 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vlscale.errors import VlscaleError, nearest
 
 TaskName = Literal["mlm", "mrfr", "mrc", "mrckl", "itm"]
 TASKS: tuple[str, ...] = get_args(TaskName)
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 MAX_RECIPE_BYTES = 1 << 20
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
+
+def _bytes(value: Any) -> Any:
+    """``64gb`` as a number of bytes."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)", value) if isinstance(value, str) else None
+    if isinstance(value, str) and (not match or match[2].lower() not in _UNITS):
+        raise ValueError("expected a number of bytes, such as 64gb, 500mb or 64000000000")
+    return round(float(match[1]) * _UNITS[match[2].lower()]) if match else value
+
+
+def is_url(root: Any) -> bool:
+    """Is this a remote's URL (``s3://...``, ``dbfs:/...``) rather than a folder?"""
+    return isinstance(root, str) and bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|dbfs:/", root))
+
+
+def _root(value: Any) -> Any:
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise ValueError("expected a folder, or a URL such as s3://bucket/folder")
+    return value if is_url(value) else Path(value)
+
+
+Root = Annotated[Path | str, BeforeValidator(_root)]
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
 
 
 class Section(BaseModel):
@@ -39,11 +65,29 @@ class ModelSection(Section):
 
 
 class DatasetSection(Section):
-    """One dataset: a folder with images/, texts/ and (for mrc, mrckl) classes/, and its share of the steps per task."""
+    """One dataset: a folder or URL with images/, texts/ and (for mrc, mrckl) classes/, and its steps' share per task.
+
+    A URL is one that mosaicml-streaming downloads from: s3, gs, azure, oci, hf, sftp, dbfs and others.
+    """
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
-    root: Path
+    root: Root
     mix: dict[TaskName, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    repeat: Positive | None = Field(None, description="it counts with so many times its texts; mix divides among tasks")
+    choose: int | None = Field(None, ge=1, description="it counts with so many texts; mix divides them among tasks")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> DatasetSection:
+        if self.repeat is not None and self.choose is not None:
+            raise ValueError(f"dataset {self.name}: repeat and choose exclude each other: drop one")
+        return self
+
+    @property
+    def size(self) -> tuple[str, float] | None:
+        """``("repeat", r)`` or ``("choose", n)``, if the dataset is weighed by its texts."""
+        if self.repeat is not None:
+            return "repeat", self.repeat
+        return None if self.choose is None else ("choose", float(self.choose))
 
 
 class DataSection(Section):
@@ -51,12 +95,17 @@ class DataSection(Section):
 
     datasets: tuple[DatasetSection, ...] = Field(min_length=1)
     validation: tuple[DatasetSection, ...] = ()
+    mix_unit: Literal["steps", "samples"] = Field("steps", description="what the shares of datasets[].mix count")
     max_text_tokens: int = Field(60, ge=1, description="word pieces without [CLS] and [SEP]; longer texts are left out")
     max_regions: int = Field(100, ge=1, description="the first n regions of each image are used")
     window_shards: int = Field(16, ge=1, description="examples are shuffled within a window of so many shards")
     workers: int = Field(2, ge=0, description="reader processes per rank")
     prefetch: int = Field(4, ge=1, description="micro-batches that each worker holds ready")
     verify: bool = Field(True, description="check the hash of each shard when it is first touched")
+    cache: Path | None = Field(None, description="folder on a local disk that all roots are fetched into, bit by bit")
+    cache_limit: Bytes | None = Field(None, description="most bytes of shards in the cache, e.g. 64gb; null: no limit")
+    download_retries: int = Field(2, ge=0, le=100, description="further attempts after a download has failed")
+    download_timeout_s: float = Field(60, gt=0, description="seconds without any byte after which one has failed")
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> DataSection:
@@ -64,6 +113,11 @@ class DataSection(Section):
             names = [dataset.name for dataset in group]
             if len(set(names)) != len(names):
                 raise ValueError(f"dataset names repeat: {names}")
+        for dataset in (*self.datasets, *self.validation):
+            if isinstance(dataset.root, str) and self.cache is None:
+                raise ValueError(
+                    f"dataset {dataset.name}: its root is a remote; set data.cache to a folder for what is downloaded"
+                )
         if not any(share > 0 for dataset in self.datasets for share in dataset.mix.values()):
             raise ValueError(
                 "no dataset has a task with a positive share: set data.datasets[].mix, e.g. {mlm: 2, itm: 1}"
@@ -74,17 +128,35 @@ class DataSection(Section):
 class BatchSection(Section):
     """The global batch of one optimiser step, and the ceiling of what one GPU holds at a time.
 
-    Neither the number of GPUs nor the ceiling changes what is learnt: gradient accumulation is derived from them.
+    Neither the number of GPUs nor the ceiling changes what is learnt: gradient accumulation is derived from them. Only
+    mode ``reference`` is different: its batches are what UNITER's sampler makes of the ceiling.
     """
 
+    mode: Literal["packed", "padded", "reference"] = Field(
+        "packed",
+        description="packed: the ceiling counts real tokens; padded: longest example x examples; reference: UNITER's "
+        "sampler, for repeating a published run",
+    )
     global_batch_tokens: int | None = Field(None, ge=1, description="real tokens (text and regions) per step")
     global_batch_examples: int | None = Field(None, ge=1, description="examples per step")
-    micro_batch_tokens: int = Field(10240, ge=1, description="most real tokens per GPU and micro-step")
+    reference_batches: int | None = Field(
+        None, ge=1, description="mode reference: batches per step (the published run's GPUs x accumulation)"
+    )
+    micro_batch_tokens: int = Field(10240, ge=1, description="most tokens per GPU and micro-step; see mode")
 
     @model_validator(mode="after")
     def _one_unit(self) -> BatchSection:
-        if (self.global_batch_tokens is None) == (self.global_batch_examples is None):
+        counted = (self.global_batch_tokens, self.global_batch_examples)
+        if self.mode == "reference":
+            if self.reference_batches is None or counted != (None, None):
+                raise ValueError(
+                    "batch.mode reference counts a step in batch.reference_batches: set it, and neither "
+                    "global_batch_tokens nor global_batch_examples"
+                )
+        elif (counted[0] is None) == (counted[1] is None):
             raise ValueError("set exactly one of batch.global_batch_tokens and batch.global_batch_examples")
+        elif self.reference_batches is not None:
+            raise ValueError("batch.reference_batches has an effect with batch.mode reference only: drop it")
         return self
 
 

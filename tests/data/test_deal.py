@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from tests.bench.bench_plan import demo_lengths, load_lengths, ours
 from tests.data.toy import toy_lengths
-from vlscale.data.deal import accumulation, deal, deal_hand, fitting_accumulation, straggler
+from vlscale.data.deal import Rule, accumulation, deal, deal_hand, fitting_accumulation, straggler
+from vlscale.data.laying import lay_evenly, lay_in_runs
 from vlscale.data.plan import Plan, PlanSettings
 from vlscale.errors import VlscaleError
 
@@ -161,6 +164,110 @@ def test_fitting_accumulation_is_the_least():
                 deal(step, 2, gas - 1, 150)
     with pytest.raises(VlscaleError, match="smaller than one example of dataset toy"):
         fitting_accumulation(step, 2, 3)
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(
+    world_size=st.integers(1, 8),
+    spare=st.integers(1, 900),
+    group=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+    budget=st.integers(0, 4000),
+)
+def test_padded_accumulation_always_suffices(world_size, spare, group, seed, budget):
+    """Longest x examples stays under the ceiling in every micro-batch, at the accumulation that the bound gives."""
+    lengths = toy_lengths(images=60, seed=seed, regions=(2, 30))
+    changes = {"itm_group": group, "itm_replace": ("image", "text", "both")[seed % 3], "mode": "padded"}
+    probe = plan_of(lengths, global_batch_examples=group, **changes)
+    largest = max(probe.settings.group_of(task) * probe.sources["toy"].heaviest(task, 1) for task in ("mlm", "itm"))
+    ceiling = largest + spare
+    plan = plan_of(lengths, micro_batch_tokens=ceiling, global_batch_tokens=largest + budget, **changes)
+    try:
+        gas = accumulation(plan, world_size)
+    except VlscaleError as error:
+        assert "more processes than examples" in str(error)  # noqa: PT017
+        return
+    rule = Rule("padded", 64)
+    for step in steps_of(plan, 8):
+        dealt = deal(step, world_size, gas, ceiling, rule)
+        check(step, dealt, world_size, gas, ceiling)
+        assert max(micro.padded for hand in dealt for micro in hand) <= ceiling
+        assert fitting_accumulation(step, world_size, ceiling, rule) <= gas
+
+
+def test_padded_micro_batches_hold_examples_of_like_length():
+    lengths = toy_lengths(images=4000, texts_per_image=(1, 1), regions=(2, 60))
+    plan = plan_of(lengths, mix={"mlm": 1}, global_batch_tokens=60_000, micro_batch_tokens=2000, mode="padded")
+    gas = accumulation(plan, 8)
+    for step in steps_of(plan, 2):
+        shares = {}
+        for mode in ("padded", "packed"):
+            flat = [micro for hand in deal(step, 8, gas, 2000, Rule(mode)) for micro in hand]
+            shares[mode] = 1 - sum(micro.tokens for micro in flat) / sum(micro.padded for micro in flat)
+        assert shares["padded"] < 0.06 < 0.3 < shares["packed"]
+
+
+def test_runs_are_as_even_as_they_can_be():
+    """The smallest largest run, against all ways of cutting."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        longest, sizes = rng.integers(1, 30, 8), np.full(8, int(rng.integers(1, 4)))
+        found = lay_in_runs(longest, sizes, 3)
+        cost = max(longest[found == b].max() * sizes[found == b].sum() for b in set(found.tolist()))
+        falling = np.sort(longest)[::-1]
+        best = min(
+            max(falling[a] * (b - a) * sizes[0] for a, b in itertools.pairwise([0, *cuts, 8]) if b > a)
+            for cuts in itertools.combinations_with_replacement(range(9), 2)
+        )
+        assert cost == best
+
+
+@pytest.mark.parametrize("bins", [2, 31, 33, 200])
+@pytest.mark.parametrize("groups", [1, 150, 5000])
+def test_no_two_loads_differ_by_more_than_the_largest_group(bins, groups):
+    costs = np.random.default_rng(bins).integers(1, 100, groups)
+    found = lay_evenly(costs, bins)
+    loads = np.bincount(found, costs, bins)
+    assert loads.sum() == costs.sum()
+    assert loads.max() - loads.min() <= costs.max()
+    assert loads.max() <= costs.sum() / bins + costs.max() * (1 - 1 / bins)
+
+
+@pytest.mark.parametrize("world_size", [1, 7, 64, 1024])
+@pytest.mark.parametrize("data", ["uniter", "demo"])
+def test_fill_padding_and_balance(world_size, data):
+    """Needed: fill >= 0.97, no padding, straggler factor <= 1.02, from 1 to 1024 ranks (`make bench`: all modes)."""
+    lengths, budget = (load_lengths(), 10_240) if data == "uniter" else (demo_lengths(), 2048)
+    figures = ours(lengths, world_size, "packed", budget, 1)
+    assert figures.fill >= 0.97
+    assert figures.padding <= 0.015
+    assert figures.straggler <= 1.02
+    assert figures.work <= 1.02
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_reference_batches_are_dealt_whole(world_size):
+    lengths = toy_lengths(images=300, texts_per_image=(1, 2))
+    plan = plan_of(
+        lengths,
+        mix={"mlm": 1},
+        global_batch_examples=None,
+        mode="reference",
+        reference_batches=8,
+        micro_batch_tokens=600,
+    )
+    gas = accumulation(plan, world_size)
+    assert gas == -(-8 // world_size)
+    for step in steps_of(plan, 6):
+        dealt = deal(step, world_size, gas, 600, Rule("reference"))
+        real = [micro for hand in dealt for micro in hand if micro.weight]
+        assert len(real) == 8
+        assert all(len(set(micro.group.tolist())) == 1 and len(micro) % 8 == 0 for micro in real)
+        assert sum(map(len, real)) == len(step)
+        for micro in real:  # UNITER's budget does not count [CLS] and [SEP]
+            assert micro.padded - 2 * len(micro) <= 600
+    with pytest.raises(VlscaleError, match=r"9 processes, batch\.reference_batches 8"):
+        accumulation(plan, 9)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ pass of a billion texts costs one window.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -104,6 +105,12 @@ class PassOrder:
     def __len__(self) -> int:
         """Texts in a pass."""
         return self._total
+
+    def twin(self) -> PassOrder:
+        """Return the same order for another thread: what an order remembers is not safe to share."""
+        other = copy.copy(self)
+        other._passes, other._recent = OrderedDict(), OrderedDict()
+        return other
 
     def take(self, pass_index: int, offset: int, count: int) -> Taken:
         """Return the next ``count`` texts from place ``offset`` of a pass, going over its end into the next ones."""

@@ -16,11 +16,13 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vlscale.config import Recipe
 from vlscale.data.lengths import DatasetLengths
 from vlscale.data.order import ORDER_VERSION
 from vlscale.data.random import Draws
+from vlscale.data.reference import ReferenceOrder
 from vlscale.data.source import Mix, PlanSettings, Source, Step
 from vlscale.errors import VlscaleError
 
@@ -72,10 +74,13 @@ class Plan:
             task. A dataset without any positive share is left out.
         settings: the recipe's part of the plan.
         fingerprints: dataset name -> fingerprint of its stores; where absent, the digest of its lengths.
+        sizes: dataset name -> texts per epoch: of it (``choose``), or as a multiple of its eligible texts (``repeat``),
+            as ``("choose", n)`` or ``("repeat", r)``. With sizes, the mix only divides a dataset's texts among tasks.
 
     Attributes:
         pairs: (dataset name, task) in the order they are drawn from, with ``shares`` float64, adding up to 1.
         left_out: dataset name -> texts that are longer than ``max_text_tokens`` and take no part.
+        dropped: dataset name -> texts that mode ``reference`` drops in the first pass; others drop about as many.
         sources: dataset name -> :class:`Source`.
 
     Raises:
@@ -87,19 +92,27 @@ class Plan:
         datasets: Sequence[tuple[DatasetLengths, Mix]],
         settings: PlanSettings,
         fingerprints: Mapping[str, str] | None = None,
+        sizes: Mapping[str, tuple[str, float]] | None = None,
     ) -> None:
         self.settings = settings
-        if (settings.global_batch_tokens is None) == (settings.global_batch_examples is None):
-            raise VlscaleError("set exactly one of batch.global_batch_tokens and batch.global_batch_examples")
+        given = (settings.global_batch_tokens, settings.global_batch_examples, settings.reference_batches)
+        if sum(value is not None for value in given) != 1 or (
+            (settings.mode == "reference") != (settings.reference_batches is not None)
+        ):
+            raise VlscaleError(
+                "set exactly one of batch.global_batch_tokens and batch.global_batch_examples (batch.mode reference: "
+                "batch.reference_batches)"
+            )
         wanted = [(lengths, mix) for lengths, mix in datasets if any(share > 0 for share in mix.values())]
         self.sources = {lengths.name: Source(lengths, mix, settings) for lengths, mix in wanted}
         if not self.sources:
             raise VlscaleError("no dataset has a task with a positive share: set data.datasets[].mix")
         self.pairs = [(name, task) for name, source in self.sources.items() for task in source.mix]
-        shares = np.array([self.sources[name].mix[task] for name, task in self.pairs])
-        self.shares = shares / shares.sum()
+        self.shares = step_shares(self.sources, self.pairs, settings, sizes or {})
         self._edges = np.cumsum(self.shares)[:-1]
         self.left_out = {name: source.survey.left_out for name, source in self.sources.items()}
+        orders = {name: source.order for name, source in self.sources.items()}
+        self.dropped = {name: order.dropped for name, order in orders.items() if isinstance(order, ReferenceOrder)}
         self._draws = Draws(settings.seed)
         self._fingerprints = dict(fingerprints or {})
         self._check_batch()
@@ -112,9 +125,20 @@ class Plan:
         for section in sections:
             pairs.append((datasets[section.name].lengths, {str(task): share for task, share in section.mix.items()}))
         fingerprints = {section.name: datasets[section.name].fingerprint for section in sections}
-        return cls(pairs, PlanSettings.from_recipe(recipe), fingerprints)
+        sizes = {section.name: size for section in sections if (size := section.size) is not None}
+        for held_out in recipe.data.validation:
+            if held_out.size is not None:
+                raise VlscaleError(
+                    f"data.validation {held_out.name}: {held_out.size[0]} has no effect on a validation set: drop it"
+                )
+        return cls(pairs, PlanSettings.from_recipe(recipe), fingerprints, sizes)
 
     def _check_batch(self) -> None:
+        if self.settings.mode == "reference" and self.settings.itm_group > 1:
+            raise VlscaleError(
+                "batch.mode reference keeps UNITER's batches whole, and objectives.wra.loss hinge its groups: set "
+                "wra.loss to reference or off, or batch.mode to packed"
+            )
         examples, tokens = self.settings.global_batch_examples, self.settings.global_batch_tokens
         for name, task in self.pairs:
             group = self.settings.group_of(task)
@@ -152,7 +176,9 @@ class Plan:
         name, task = self.pair(position.step)
         source = self.sources[name]
         cursor = self._cursor(position, name)
-        if self.settings.global_batch_examples is not None:
+        if self.settings.reference_batches is not None:
+            step = source.batches(position.step, task, cursor, self.settings.reference_batches)
+        elif self.settings.global_batch_examples is not None:
             step = source.block(position.step, task, cursor, self.settings.global_batch_examples)
         else:
             step = self._fill(source, position.step, task, cursor)
@@ -194,22 +220,29 @@ class Plan:
     def fingerprint(self) -> str:
         """What the plan depends on, one short hash per part: ``seed=..,mix=..,data=..,order=..,batch=.. ...``.
 
-        Neither ``micro_batch_tokens`` nor the number of processes is in it.
+        Neither the number of processes is in it, nor (but for mode ``reference``) ``micro_batch_tokens``.
         """
         settings = self.settings
         itm = [settings.itm_negative_probability, settings.itm_replace, settings.itm_group]
         parts: dict[str, Any] = {
             "seed": settings.seed,
-            "mix": [(name, task, self.sources[name].mix[task]) for name, task in self.pairs],
+            "mix": [(*pair, round(float(share), 12)) for pair, share in zip(self.pairs, self.shares, strict=True)],
             "data": [settings.max_text_tokens, settings.max_regions, settings.window_shards],
             "order": ORDER_VERSION,
-            "batch": [settings.global_batch_tokens, settings.global_batch_examples],
+            "batch": self._batch(),
             "itm": itm if any(task == "itm" for _, task in self.pairs) else None,
         }
         for name, source in self.sources.items():
             stores = self._fingerprints.get(name) or source.lengths.digest
             parts[f"dataset {name}"] = [stores, len(source.lengths), source.survey.left_out]
         return ",".join(f"{part}={_digest(value)}" for part, value in parts.items())
+
+    def _batch(self) -> list[Any]:
+        """What decides which examples a step holds. In mode ``padded`` they are those of ``packed``."""
+        settings = self.settings
+        if settings.mode == "reference":
+            return [settings.mode, settings.reference_batches, settings.micro_batch_tokens]
+        return [settings.global_batch_tokens, settings.global_batch_examples]
 
     def check_resume(self, fingerprint: str) -> None:
         """Refuse to go on with a plan that differs from the one a checkpoint was written under.
@@ -228,6 +261,47 @@ class Plan:
                 f"resume: a changed {_plain(changed[0])}: {', '.join(changed)} of the plan differ from the "
                 f"checkpoint's; restore what was changed, or start a new run in another folder"
             )
+
+
+def step_shares(
+    sources: Mapping[str, Source],
+    pairs: Sequence[tuple[str, str]],
+    settings: PlanSettings,
+    sizes: Mapping[str, tuple[str, float]],
+) -> NDArray[np.float64]:
+    """float64, the probability that a step is of each (dataset, task).
+
+    Shares that count samples (``mix_unit: samples``, ``repeat``, ``choose``) become shares of steps by the mean cost of
+    an example: a step of so many tokens holds more short examples than long ones.
+
+    Raises:
+        VlscaleError: some datasets have a size and others have none.
+    """
+    lacking = [name for name in sources if name not in sizes]
+    if sizes and lacking:
+        raise VlscaleError(
+            f"dataset {lacking[0]}: others have data.datasets[].repeat or .choose, it has neither; all or none need one"
+        )
+    shares = []
+    for name, task in pairs:
+        source = sources[name]
+        share = source.mix[task]
+        if sizes:
+            kind, size = sizes[name]
+            texts = size * source.survey.total if kind == "repeat" else size
+            share *= texts / sum(source.mix.values())
+        if sizes or settings.mix_unit == "samples":
+            share /= _relative_examples(source, settings)
+        shares.append(share)
+    found = np.array(shares)
+    return np.asarray(found / found.sum())
+
+
+def _relative_examples(source: Source, settings: PlanSettings) -> float:
+    """Examples of a step of ``source``, up to a factor that all datasets share."""
+    if isinstance(source.order, ReferenceOrder):
+        return source.order.mean_batch
+    return 1.0 if settings.global_batch_tokens is None else 1.0 / source.survey.costs.mean
 
 
 class FixedSteps:
@@ -266,6 +340,9 @@ def evaluation_steps(lengths: DatasetLengths, task: str, examples: int, settings
     Raises:
         VlscaleError: the set is empty after filtering or lacks what the task needs.
     """
+    if settings.reference_batches is not None:  # held-out steps are cut by tokens, however training's are
+        tokens = settings.reference_batches * settings.micro_batch_tokens
+        settings = replace(settings, mode="packed", reference_batches=None, global_batch_tokens=tokens)
     source = Source(lengths, {task: 1.0}, replace(settings, seed=evaluation_seed(settings.seed)))
     block = source.block(0, task, (0, 0), min(examples, len(source.order)))
     group = settings.group_of(task)
@@ -294,9 +371,9 @@ def _plain(part: str) -> str:
     """The user's words for a part of the fingerprint."""
     words = {
         "seed": "recipe (seed)",
-        "mix": "recipe (data.datasets[].mix)",
+        "mix": "recipe (data.datasets[].mix, repeat or choose, or data.mix_unit)",
         "data": "recipe (data.max_text_tokens, data.max_regions or data.window_shards)",
-        "batch": "recipe (batch.global_batch_tokens or batch.global_batch_examples)",
+        "batch": "recipe (batch.global_batch_tokens or batch.global_batch_examples; mode reference: any of batch)",
         "itm": "recipe (objectives.itm or objectives.wra.group)",
         "order": "order of examples (another version of vlscale)",
     }

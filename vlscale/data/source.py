@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from vlscale.config import TASKS, Recipe
 from vlscale.data.lengths import DatasetLengths
-from vlscale.data.order import PassOrder
+from vlscale.data.order import PassOrder, Taken
 from vlscale.data.partners import Partners
 from vlscale.data.random import Draws
+from vlscale.data.reference import ReferenceOrder
 from vlscale.data.survey import survey
 from vlscale.errors import VlscaleError
 
@@ -23,9 +24,10 @@ Mix = Mapping[str, float]
 class PlanSettings:
     """The part of the recipe that the plan depends on (see :class:`vlscale.config.Recipe` for each).
 
-    Exactly one of ``global_batch_tokens`` and ``global_batch_examples`` is set. ``itm_group`` is the number of
-    consecutive examples of an itm step that are never split: ``wra.group`` for the hinge loss, otherwise 1.
-    ``micro_batch_tokens`` is only read when a step is dealt.
+    Exactly one of ``global_batch_tokens``, ``global_batch_examples`` and (with mode ``reference``)
+    ``reference_batches`` is set. ``itm_group`` is the number of consecutive examples of an itm step that are never
+    split: ``wra.group`` for the hinge loss, otherwise 1. ``micro_batch_tokens`` is only read when a step is dealt, and
+    in mode ``reference``.
     """
 
     seed: int
@@ -38,6 +40,9 @@ class PlanSettings:
     itm_negative_probability: float = 0.5
     itm_replace: str = "image"
     itm_group: int = 1
+    mode: str = "packed"
+    reference_batches: int | None = None
+    mix_unit: str = "steps"
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> PlanSettings:
@@ -54,6 +59,9 @@ class PlanSettings:
             itm_negative_probability=objectives.itm.negative_probability,
             itm_replace=objectives.itm.replace,
             itm_group=objectives.wra.group if objectives.wra.loss == "hinge" else 1,
+            mode=recipe.batch.mode,
+            reference_batches=recipe.batch.reference_batches,
+            mix_unit=recipe.data.mix_unit,
         )
 
     def group_of(self, task: str) -> int:
@@ -114,7 +122,12 @@ class Source:
         longest = settings.max_text_tokens
         self.survey = survey(lengths, longest, settings.max_regions)
         self._check()
-        self.order = PassOrder(lengths, self.survey, settings.seed, settings.window_shards, longest)
+        self.order: PassOrder | ReferenceOrder
+        if settings.mode == "reference":
+            budget = settings.micro_batch_tokens
+            self.order = ReferenceOrder(lengths, settings.seed, budget, longest, settings.max_regions)
+        else:
+            self.order = PassOrder(lengths, self.survey, settings.seed, settings.window_shards, longest)
         self._partners = None
         if "itm" in self.mix:
             self._partners = Partners(
@@ -144,13 +157,22 @@ class Source:
 
     def block(self, index: int, task: str, cursor: tuple[int, int], count: int) -> Step:
         """Return the next ``count`` texts from ``cursor`` as a step, not yet cut to any budget."""
-        taken = self.order.take(*cursor, count)
+        assert isinstance(self.order, PassOrder)
+        group = (np.arange(count) // self.settings.group_of(task)).astype(np.int32)
+        return self._step(index, task, self.order.take(*cursor, count), group)
+
+    def batches(self, index: int, task: str, cursor: tuple[int, int], count: int) -> Step:
+        """Return the next ``count`` batches of UNITER's sampler as a step; each is a group."""
+        assert isinstance(self.order, ReferenceOrder)
+        return self._step(index, task, *self.order.batches(*cursor, count))
+
+    def _step(self, index: int, task: str, taken: Taken, group: NDArray[np.int32]) -> Step:
         rows = taken.rows
         if task == "itm":
             assert self._partners is not None
             texts, images, labels = self._partners.draw(taken)
         else:
-            texts, images, labels = rows, self.lengths.first_image(rows), np.ones(count, np.int8)
+            texts, images, labels = rows, self.lengths.first_image(rows), np.ones(len(rows), np.int8)
         return Step(
             index=index,
             task=task,
@@ -160,7 +182,7 @@ class Source:
             passes=taken.passes,
             examples=rows,
             labels=labels,
-            group=(np.arange(count) // self.settings.group_of(task)).astype(np.int32),
+            group=group,
             costs=self.lengths.costs(texts, images, self.settings.max_regions),
         )
 
