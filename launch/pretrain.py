@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from vlscale.config import load_recipe
     from vlscale.data.deal import accumulation
     from vlscale.data.plan import Plan
+    from vlscale.data.prefetch import check_room, class_tasks
     from vlscale.objectives import build_objectives
     from vlscale.train import loop
     from vlscale.train.checkpoint import Checkpoints
@@ -51,12 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_machine(settings, accelerator, compute_capability(accelerator))
         processes = connect(accelerator, args.timeout, "pretrain")
         with processes.agreed():
-            datasets = open_datasets(recipe.data.datasets, recipe.data.verify)
-            validation = open_datasets(recipe.data.validation, recipe.data.verify)
+            datasets = open_datasets(recipe.data.datasets, recipe.data)
+            validation = open_datasets(recipe.data.validation, recipe.data)
             facts = data_facts([*datasets.values(), *validation.values()])
             plan = Plan.from_recipe(recipe, datasets)
             objectives = build_objectives(recipe.objectives, recipe.tasks, next(iter(datasets.values())).vocabulary)
             evaluation = Evaluation(recipe, validation, objectives)
+            check_room(plan, datasets, class_tasks(objectives), recipe.data.window_shards)
             gas, examples = accumulation(plan, processes.world_size), recipe.batch.global_batch_examples
             config = resolve_ds_config(settings, gas, processes.world_size, examples)
             folder = RunFolder(args.run_dir or Path("runs") / recipe.name)

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.data.test_packing import equal
 from tests.helpers import make_dataset
-from vlscale.data.collate import add_specials, collate
+from vlscale.data.collate import collate
 from vlscale.data.dataset import open_dataset
 from vlscale.data.deal import deal
+from vlscale.data.packing import Block
 from vlscale.data.plan import Plan, PlanSettings
 
 
@@ -36,7 +38,7 @@ def test_batch_holds_what_the_stores_hold(dataset, task):
         begin, end = batch.cu_regions[place : place + 2].tolist()
         count = min(4, len(image["boxes"]))
         assert end - begin == count
-        assert np.array_equal(batch.features[begin:end].numpy(), image["features"][:count].astype(np.float32))
+        assert np.array_equal(batch.features[begin:end].numpy(), image["features"][:count])
         assert np.array_equal(batch.boxes[begin:end].numpy(), image["boxes"][:count])
         first = ptr[micro.images[place]]
         assert batch.region_rows[begin:end].tolist() == list(range(first, first + count))
@@ -57,7 +59,8 @@ def test_types(dataset):
         assert getattr(batch, name).dtype == torch.int64, name
     for name in ("cu_text", "cu_regions", "group"):
         assert getattr(batch, name).dtype == torch.int32, name
-    assert batch.features.dtype == batch.boxes.dtype == torch.float32
+    assert batch.features.dtype == torch.float16  # as stored
+    assert batch.boxes.dtype == torch.float32
 
 
 def test_planned_tokens_are_the_tokens_read(dataset):
@@ -75,8 +78,18 @@ def test_texts_without_image(tmp_path):
     assert batch.tokens == micro.tokens
 
 
-def test_add_specials():
-    ids, cu = add_specials(np.array([7, 8, 9], np.int64), np.array([1, 0, 2], np.int32), 100, 101)
-    assert ids.tolist() == [100, 7, 101, 100, 101, 100, 8, 9, 101]
-    assert cu.tolist() == [0, 3, 5, 9]
-    assert (ids.dtype, cu.dtype) == (np.int64, np.int32)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("task", ["mlm", "itm"])
+def test_into_a_block(tmp_path, task, dtype):
+    dataset = open_dataset("toy", make_dataset(tmp_path / "toy", feature_dtype=dtype), True)
+    micro = micro_of(dataset, task)
+    expected = collate(dataset, micro, 5, 2, 3)
+    assert expected.features.dtype == getattr(torch, dtype)
+    for size in (1 << 16, 2000, 0):
+        memory = torch.full((size,), 255, dtype=torch.uint8)
+        batch = collate(dataset, micro, 5, 2, 3, Block(memory))
+        equal(batch, expected)
+        base = memory.data_ptr()
+        tensors = [batch.input_ids, batch.cu_text, batch.features, batch.boxes, batch.images, batch.region_rows]
+        inside = [base <= tensor.data_ptr() < base + size for tensor in tensors]
+        assert (any(inside), all(inside)) == (size > 0, size > 9000)

@@ -128,6 +128,9 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path) -> None:
     facts = {"vocab_size": config["vocab_size"], "feature_dim": 17, "num_classes": config["num_classes"]}
     build_model(recipe.model, **facts).save_pretrained(tmp_path / "model")
     assert "feature width 16, but the model" in message(tmp_path)
+    facts = {**facts, "feature_dim": config["feature_dim"], "vocab_fingerprint": "a" * 64}
+    build_model(recipe.model, **facts).save_pretrained(tmp_path / "model")
+    assert "was trained with aaaaaaaaaaaa; import the texts with the tokenizer" in message(tmp_path)
 
 
 def test_command_line(run: Path, tmp_path: Path) -> None:

@@ -1,22 +1,29 @@
-"""Collation: the rows of a micro-batch become one packed RaggedBatch, unmasked."""
+"""Collation: the rows of a micro-batch become one packed RaggedBatch, unmasked.
+
+Every size is known from the side files before a row is read, so everything is read straight to its final place.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vlscale.data.deal import MicroBatch
 from vlscale.data.lengths import SPECIALS
+from vlscale.data.packing import Block
 from vlscale.ragged import RaggedBatch
 
 if TYPE_CHECKING:
     from vlscale.data.dataset import Dataset
 
 
-def collate(dataset: Dataset, micro: MicroBatch, max_regions: int, cls: int, sep: int) -> RaggedBatch:
+def collate(
+    dataset: Dataset, micro: MicroBatch, max_regions: int, cls: int, sep: int, block: Block | None = None
+) -> RaggedBatch:
     """Read the rows of ``micro`` and pack them.
 
     Args:
@@ -25,55 +32,72 @@ def collate(dataset: Dataset, micro: MicroBatch, max_regions: int, cls: int, sep
         max_regions: the first n regions of an image are used.
         cls: id of [CLS], put in front of each text.
         sep: id of [SEP], put behind each text.
+        block: where the tensors shall lie; None allocates them.
 
     Returns:
-        The batch, with ``targets["itm_labels"]`` int64 [B] (1 match, 0 negative) if the task is itm.
+        The batch, with ``targets["itm_labels"]`` int64 [B] (1 match, 0 negative) if the task is itm. Features have the
+        stored dtype.
 
     Raises:
         VlscaleError: a row is damaged (raised by the stores; names store and row).
     """
-    words, lengths = dataset.texts.input_ids(micro.texts)
-    input_ids, cu_text = add_specials(words, lengths, cls, sep)
-    features, boxes, counts, region_rows = dataset.images.regions(micro.images, max_regions)
+    texts, images = dataset.texts, dataset.images
+    cu_text = _cumulative(texts.lengths_of(micro.texts) + SPECIALS)
+    counts = images.counts_of(micro.images, max_regions)
+    cu_regions = _cumulative(counts)
+    regions = int(cu_regions[-1])
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype) if block is None else block.empty(shape, dtype)
+
+    def kept(array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if block is None else block.empty(tensor.shape, tensor.dtype).copy_(tensor)
+
+    input_ids = empty((int(cu_text[-1]),), torch.int64)
+    features = empty((regions, images.meta.feature_dim), getattr(torch, images.feature_dtype.name))
+    boxes = empty((regions, 4), torch.float32)
+    write_texts(dataset, micro.texts, cu_text, cls, sep, input_ids.numpy())
+    images.write_regions(micro.images, counts, features.numpy(), boxes.numpy())
     batch = RaggedBatch(
         task=micro.task,
         dataset=micro.dataset,
-        input_ids=torch.from_numpy(input_ids),
-        cu_text=torch.from_numpy(cu_text),
-        features=torch.from_numpy(features),
-        boxes=torch.from_numpy(boxes),
-        cu_regions=torch.from_numpy(_cumulative(counts)),
-        passes=torch.from_numpy(micro.passes),
-        examples=torch.from_numpy(micro.examples),
-        images=torch.from_numpy(micro.images),
-        group=torch.from_numpy(micro.group),
-        region_rows=torch.from_numpy(region_rows),
+        input_ids=input_ids,
+        cu_text=kept(cu_text),
+        features=features,
+        boxes=boxes,
+        cu_regions=kept(cu_regions),
+        passes=kept(micro.passes),
+        examples=kept(micro.examples),
+        images=kept(micro.images),
+        group=kept(micro.group),
+        region_rows=kept(images.region_rows(micro.images, counts)),
         weight=micro.weight,
     )
     if micro.task == "itm":
-        batch.targets["itm_labels"] = torch.from_numpy(micro.labels.astype(np.int64))
+        batch.targets["itm_labels"] = kept(micro.labels.astype(np.int64))
     return batch
 
 
-def add_specials(
-    words: NDArray[np.int64], lengths: NDArray[np.int32], cls: int, sep: int
-) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Put ``cls`` in front of and ``sep`` behind each of B packed texts.
+def write_texts(
+    dataset: Dataset, rows: NDArray[np.int64], cu_text: NDArray[np.int32], cls: int, sep: int, out: NDArray[np.int64]
+) -> None:
+    """Write [CLS], word pieces and [SEP] of int64 [B] ``rows`` into int64 [Nt] ``out``.
 
     Args:
-        words: int64 [sum(lengths)]; lengths: int [B].
+        dataset: the opened dataset.
+        rows: rows of the texts store.
+        cu_text: int32 [B+1], cumulative lengths with the two special tokens.
+        cls: id of [CLS]; sep: id of [SEP].
+        out: int64 [Nt].
 
-    Returns:
-        int64 [sum(lengths) + 2 B] and the int32 [B+1] cumulative lengths of the longer texts.
+    Raises:
+        VlscaleError: a row is damaged.
     """
-    cu = _cumulative(lengths + SPECIALS)
-    input_ids = np.empty(int(cu[-1]), np.int64)
-    is_word = np.ones(len(input_ids), bool)
-    is_word[cu[:-1]] = is_word[cu[1:] - 1] = False
-    input_ids[cu[:-1]] = cls
-    input_ids[cu[1:] - 1] = sep
-    input_ids[is_word] = words
-    return input_ids, cu
+    starts, stops = cu_text[:-1].astype(np.int64), cu_text[1:].astype(np.int64)
+    out[starts] = cls
+    out[stops - 1] = sep
+    dataset.texts.write_ids(rows, out, starts + 1)
 
 
 def _cumulative(lengths: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -1,27 +1,19 @@
 """The loader: reads, packs and prepares one rank's micro-batches in worker processes, whole steps at a time.
 
-The main process walks the plan, deals each step and hands row numbers to the workers, ``prefetch`` micro-batches ahead
-per worker; they come back in order. Nothing that is drawn depends on which worker, rank or accumulation it happens in.
+A thread walks the plan and deals each step; the main process hands row numbers to the workers (see ``workers.py``),
+``prefetch`` micro-batches ahead per worker; they come back in order. Nothing that is drawn depends on which worker,
+rank or accumulation it happens in.
 
-Workers come from a fork server, not from a fork of the training process. By the time that data is read, that process
-has threads of its own (gloo or NCCL, CUDA, TensorBoard, the progress bar); a fork copies their locks in whatever state
-they are, and now and then a worker hangs. The fork server is a fresh process without threads that has imported the
-data code once: its start costs about what importing torch costs, each worker after that some tens of milliseconds.
-Each worker also imports the main script under another name, so an entry script must import what is heavy inside its
-``main()`` and be guarded by ``if __name__ == "__main__"``.
-
-Batches travel in shared memory whose name is removed as soon as it is opened (the ``file_descriptor`` strategy), and
-workers end themselves when the training process is gone: nothing is left behind, however a process ends.
+Workers write batches straight into memory that is shared with this process and used again and again (see
+``slots.py``), page-locked for CUDA. What does not fit travels in shared memory whose name is removed as soon as it is
+opened (the ``file_descriptor`` strategy). Workers end themselves when the training process is gone: nothing is left
+behind, however a process ends.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
-import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,18 +23,23 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
+from vlscale.data import workers as worker_processes
 from vlscale.data.collate import collate
-from vlscale.data.deal import MicroBatch, deal_hand, fitting_accumulation
-from vlscale.data.packing import PackedBatch
+from vlscale.data.deal import PACKED, MicroBatch, Rule
+from vlscale.data.feed import Feed, StepSource
+from vlscale.data.packing import Block, PackedBatch
 from vlscale.data.plan import Position, Step
 from vlscale.data.random import Draws
+from vlscale.data.slots import Slots
 from vlscale.errors import VlscaleError
 from vlscale.ragged import RaggedBatch
 
 if TYPE_CHECKING:
     from vlscale.data.dataset import Dataset
+    from vlscale.data.prefetch import Prefetcher
 
 Window = tuple[Step, Position, list[RaggedBatch]]
+_UNKNOWN_GAS = 4
 
 
 class Preparer(Protocol):
@@ -51,17 +48,10 @@ class Preparer(Protocol):
     needs_class_probs: bool
 
     def prepare(self, batch: RaggedBatch, draws: Draws) -> RaggedBatch:
-        """Mask ``batch`` and set its targets; every draw is keyed by the batch's (pass, example)."""
-        ...
+        """Mask ``batch`` and set its targets; every draw is keyed by the batch's (pass, example).
 
-
-class StepSource(Protocol):
-    """What the loader reads of a :class:`~vlscale.data.plan.Plan` or :class:`~vlscale.data.plan.FixedSteps`."""
-
-    pairs: list[tuple[str, str]]
-
-    def steps(self, position: Position) -> Iterator[tuple[Step, Position]]:
-        """Yield (step, position after it)."""
+        What the batch holds may be overwritten: it has just been read, and nobody else has it.
+        """
         ...
 
 
@@ -84,6 +74,8 @@ class Loader:
         seed: key of the draws that preparers make; :func:`~vlscale.data.plan.evaluation_seed` for evaluation.
         max_regions: the first n regions of an image are used.
         pin: deliver batches in page-locked memory; no effect without CUDA.
+        prefetcher: fetches shards ahead of the plan; the loader starts it, tells it of progress, and closes it.
+        rule: how steps are dealt.
 
     Attributes:
         last_wait_s: seconds that the last ``next()`` waited for data.
@@ -108,19 +100,28 @@ class Loader:
         seed: int = 0,
         max_regions: int = 100,
         pin: bool = False,
+        prefetcher: Prefetcher | None = None,
+        rule: Rule = PACKED,
     ) -> None:
         self.last_wait_s = 0.0
+        self._prefetcher = prefetcher
         self._iterator: Iterator[Any] | None = None
         _check(plan, datasets, objectives)
         used = {name: datasets[name] for name in dict(plan.pairs)}
-        reader = _Reader(used, {task: objectives[task] for _, task in plan.pairs}, seed, max_regions, workers > 0)
-        self._feed = _Feed(plan, position, rank, world_size, gas, ceiling)
+        used_objectives = {task: objectives[task] for _, task in plan.pairs}
+        self._pin = pin and torch.cuda.is_available()
+        self._last: list[RaggedBatch] = []
+        self._copying: deque[tuple[Any, list[RaggedBatch]]] = deque()
+        count = max(workers, 1) * prefetch + 2 * (gas or _UNKNOWN_GAS)
+        self._slots = Slots(count, slot_bytes(used, used_objectives, ceiling), self._pin)
+        reader = _Reader(used, used_objectives, seed, max_regions, self._slots, workers > 0)
+        self._feed = Feed(plan, position, rank, world_size, gas, ceiling, self._slots, rule)
         options: dict[str, Any] = {}
         if workers:
             options = {
                 "prefetch_factor": prefetch,
-                "worker_init_fn": _start_worker,
-                "multiprocessing_context": _context(reader),
+                "worker_init_fn": worker_processes.start,
+                "multiprocessing_context": worker_processes.context(reader.modules()),
             }
         loader: DataLoader[Any] = DataLoader(
             reader,  # type: ignore[arg-type]
@@ -128,11 +129,13 @@ class Loader:
             sampler=self._feed,
             num_workers=workers,
             collate_fn=_identity,
-            pin_memory=pin and torch.cuda.is_available(),
             generator=torch.Generator(),  # PyTorch's loader would otherwise draw from the global one
             **options,
         )
         self._iterator = iter(loader)
+        if prefetcher is not None:
+            prefetcher.start()
+            weakref.finalize(self, prefetcher.close)
 
     def __iter__(self) -> Iterator[Window]:
         return self
@@ -145,6 +148,7 @@ class Loader:
         """
         begin = time.perf_counter()
         try:
+            self._hold_what_is_copied()
             first = self._next_batch()
             step, after, count = self._feed.pending.popleft()
             batches = [first, *[self._next_batch() for _ in range(count - 1)]]
@@ -152,6 +156,10 @@ class Loader:
             self.close()
             raise
         self.last_wait_s = time.perf_counter() - begin
+        if self._pin:
+            self._last = batches
+        if self._prefetcher is not None:
+            self._prefetcher.advance(Position(step.index, {}))
         return step, after, batches
 
     def _next_batch(self) -> RaggedBatch:
@@ -168,7 +176,29 @@ class Loader:
             raise
         if isinstance(item, _Failure):
             raise VlscaleError(item.message)
-        return item.unpack() if isinstance(item, PackedBatch) else item
+        packed, taken = item
+        slot = packed.slot if isinstance(packed, PackedBatch) else None
+        if slot is None and taken is not None:
+            self._slots.release(taken)
+        batch = (
+            packed
+            if isinstance(packed, RaggedBatch)
+            else packed.unpack(None if slot is None else self._slots.lend(slot))
+        )
+        return batch.pin_memory() if self._pin and (slot is None or not self._slots.pinned) else batch
+
+    def _hold_what_is_copied(self) -> None:
+        """Keep the last window until the GPU has its copies: a slot must not be written to while it is read.
+
+        Copies are issued on the current stream, between one ``next()`` and the following one.
+        """
+        if self._last:
+            event = torch.cuda.Event()
+            event.record()
+            self._copying.append((event, self._last))
+            self._last = []
+        while self._copying and (self._copying[0][0].query() or len(self._copying) > 2):
+            self._copying.popleft()[0].synchronize()
 
     def close(self) -> None:
         """End the workers and forget what they held ready. May be called again."""
@@ -176,6 +206,12 @@ class Loader:
         shutdown = getattr(iterator, "_shutdown_workers", None)  # also run when the iterator is deleted
         if shutdown is not None:
             shutdown()
+        self._feed.close()
+        if self._last or self._copying:
+            torch.cuda.synchronize()
+            self._last, self._copying = [], deque()
+        if self._prefetcher is not None:
+            self._prefetcher.close()
 
     def __enter__(self) -> Loader:
         return self
@@ -193,21 +229,20 @@ class _Failure:
     message: str
 
 
-class _Feed:
-    """Deals steps into this rank's micro-batches, and remembers which step they belong to."""
+def slot_bytes(datasets: Mapping[str, Dataset], objectives: Mapping[str, Preparer], ceiling: int) -> int:
+    """Return the bytes that a micro-batch of ``ceiling`` tokens takes, rarely exceeded.
 
-    def __init__(
-        self, plan: StepSource, position: Position, rank: int, world_size: int, gas: int | None, ceiling: int
-    ) -> None:
-        self._plan, self._position = plan, position
-        self._rank, self._world_size, self._gas, self._ceiling = rank, world_size, gas, ceiling
-        self.pending: deque[tuple[Step, Position, int]] = deque()
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        for step, after in self._plan.steps(self._position):
-            gas = self._gas or fitting_accumulation(step, self._world_size, self._ceiling)
-            self.pending.append((step, after, gas))
-            yield from deal_hand(step, self._rank, self._world_size, gas, self._ceiling)
+    All tokens are taken for regions, whose features are the largest; texts leave room for the targets: features of
+    masked regions (mrfr), or their class probabilities (a quarter of the regions at most, commonly 15 %).
+    """
+    token = 0
+    for dataset in datasets.values():
+        features = dataset.feature_dim * dataset.images.feature_dtype.itemsize
+        classes = 0
+        if dataset.classes is not None and any(objective.needs_class_probs for objective in objectives.values()):
+            classes = dataset.classes.dtype.itemsize * dataset.classes.meta.num_classes // 4
+        token = max(token, features + classes)
+    return ceiling * (token + 96) + (64 << 10)
 
 
 class _Reader:
@@ -219,10 +254,11 @@ class _Reader:
         objectives: Mapping[str, Preparer],
         seed: int,
         max_regions: int,
+        slots: Slots,
         pack: bool,
     ) -> None:
         self._datasets, self._objectives = datasets, objectives
-        self._max_regions, self._pack = max_regions, pack
+        self._max_regions, self._slots, self._pack = max_regions, slots, pack
         self._draws = {name: Draws(seed, name) for name in datasets}
 
     def modules(self) -> set[str]:
@@ -230,22 +266,31 @@ class _Reader:
         things = [self, *self._datasets.values(), *self._objectives.values()]
         return {type(thing).__module__ for thing in things} - {"__main__"}
 
-    def __getitem__(self, micro: MicroBatch) -> RaggedBatch | PackedBatch | _Failure:
+    def __getitem__(
+        self, dealt: tuple[MicroBatch, int | None]
+    ) -> tuple[RaggedBatch | PackedBatch, int | None] | _Failure:
+        micro, slot = dealt
+        block = None if slot is None else Block(self._slots.write(slot))
         try:
-            batch = self._prepared(micro)
+            batch = self._prepared(micro, block)
         except VlscaleError as error:
             return _Failure(str(error))
-        return PackedBatch.pack(batch) if self._pack else batch
+        if block is None and not self._pack:
+            return batch, None
+        return PackedBatch.pack(batch, block, slot), slot
 
-    def _prepared(self, micro: MicroBatch) -> RaggedBatch:
+    def _prepared(self, micro: MicroBatch, block: Block | None) -> RaggedBatch:
         dataset, objective = self._datasets[micro.dataset], self._objectives[micro.task]
         vocabulary = dataset.vocabulary
-        batch = collate(dataset, micro, self._max_regions, vocabulary.cls, vocabulary.sep)
+        batch = collate(dataset, micro, self._max_regions, vocabulary.cls, vocabulary.sep, block)
         batch = objective.prepare(batch, self._draws[micro.dataset])
         if objective.needs_class_probs:
             assert dataset.classes is not None
-            rows = batch.region_rows[batch.targets["region_positions"]]
-            batch.targets["class_probs"] = torch.from_numpy(dataset.classes.probs(rows.numpy()))
+            rows = batch.region_rows[batch.targets["region_positions"]].numpy()
+            shape, dtype = (len(rows), dataset.classes.meta.num_classes), getattr(torch, dataset.classes.dtype.name)
+            probs = torch.empty(shape, dtype=dtype) if block is None else block.empty(shape, dtype)
+            dataset.classes.write_probs(rows, probs.numpy())
+            batch.targets["class_probs"] = probs
         return batch
 
 
@@ -260,35 +305,6 @@ def _check(plan: StepSource, datasets: Mapping[str, Dataset], objectives: Mappin
                 f"dataset {name}: task {task} needs class probabilities, but there is no classes/ store; build the "
                 f"dataset with classes, or drop {task} from its mix"
             )
-
-
-def _context(reader: _Reader) -> multiprocessing.context.BaseContext:
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    # Heeded when the server starts, at the first loader of the process.
-    context.set_forkserver_preload(sorted(reader.modules()))
-    return context
-
-
-def _start_worker(worker: int) -> None:
-    """First thing in a worker: Ctrl-C is the main process's business, and so are the cores."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    torch.multiprocessing.set_sharing_strategy("file_descriptor")
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this worker when the training process is gone, killed ones included.
-
-    PyTorch's own watch looks at the parent's id, which is the fork server's here; and the fork server lives as long as
-    any of its workers.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 def _identity(item: Any) -> Any:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vlscale.config import DatasetSection, ObjectivesSection, Recipe, load_recipe
 from vlscale.data.dataset import Dataset, open_dataset
+from vlscale.data.remote import CacheSettings
 from vlscale.errors import VlscaleError
 from vlscale.models.registry import MODELS
 from vlscale.models.uniter import UniterForPretraining
@@ -107,7 +108,8 @@ def evaluate_run(run: Path, overrides: tuple[str, ...], console: Console) -> Pat
     splits: dict[str, Split] = {}
     picture = None
     for key, section in _sections(recipe).items():
-        dataset = open_dataset(section.name, section.root, recipe.data.verify)
+        cache = CacheSettings.from_section(recipe.data)
+        dataset = open_dataset(section.name, section.root, recipe.data.verify, cache)
         _check_fits(trained, dataset, run)
         device = str(next(trained.parameters()).device)
         heldout = open_heldout(dataset, recipe.seed, recipe.data.max_text_tokens, recipe.data.max_regions, device)
@@ -161,9 +163,11 @@ def _read_recipe(run: Path, overrides: tuple[str, ...]) -> Recipe:
 def _sections(recipe: Recipe) -> dict[str, DatasetSection]:
     """The first validation dataset; and the unseen pictures, as listed in the recipe or found beside it."""
     main, *others = recipe.data.validation
+    if isinstance(main.root, str):  # nobody can look around at a remote
+        return {"metrics": main}
     beside = DatasetSection(name=UNSEEN, root=main.root.parent / UNSEEN)
-    unseen = next((section for section in others if section.root.name == UNSEEN), beside)
-    has_unseen = unseen is not beside or (main.root.name != UNSEEN and (beside.root / "texts").is_dir())
+    unseen = next((section for section in others if Path(section.root).name == UNSEEN), beside)
+    has_unseen = unseen is not beside or (main.root.name != UNSEEN and (main.root.parent / UNSEEN / "texts").is_dir())
     return {"metrics": main, "unseen_pictures": unseen} if has_unseen else {"metrics": main}
 
 
@@ -179,6 +183,12 @@ def _check_fits(model: UniterForPretraining, dataset: Dataset, run: Path) -> Non
                 f"dataset {dataset.name} ({dataset.root}): {what} {of_data}, but the model in {run / 'model'} has "
                 f"{of_model}; set data.validation to data built as the training data were"
             )
+    known, found = config.vocab_fingerprint, dataset.vocabulary.fingerprint
+    if known is not None and known != found:
+        raise VlscaleError(
+            f"dataset {dataset.name} ({dataset.root}): its vocabulary is {found[:12]}, but the model in "
+            f"{run / 'model'} was trained with {known[:12]}; import the texts with the tokenizer of the training data"
+        )
 
 
 def _measure(

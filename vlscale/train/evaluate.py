@@ -7,6 +7,7 @@ from typing import cast
 
 from vlscale.config import Recipe
 from vlscale.data.dataset import Dataset
+from vlscale.data.deal import Rule
 from vlscale.data.loader import Loader, Preparer, Window
 from vlscale.data.plan import FixedSteps, PlanSettings, evaluation_seed, evaluation_steps
 from vlscale.errors import VlscaleError
@@ -28,6 +29,9 @@ class Evaluation:
 
     Raises:
         VlscaleError: a dataset lacks what a task needs, or its mix names a task that is not trained.
+
+    Attributes:
+        left_out: dataset name -> texts that are longer than ``data.max_text_tokens`` and take no part.
     """
 
     def __init__(self, recipe: Recipe, datasets: Mapping[str, Dataset], objectives: Mapping[str, Objective]) -> None:
@@ -49,6 +53,8 @@ class Evaluation:
                 lengths = self._datasets[section.name].lengths
                 steps += evaluation_steps(lengths, task, recipe.evaluation.examples, settings)
         self._plan = FixedSteps(steps)
+        longest = settings.max_text_tokens
+        self.left_out = {name: int((each.lengths.tokens > longest).sum()) for name, each in self._datasets.items()}
 
     def __bool__(self) -> bool:
         """Whether there is anything to evaluate on."""
@@ -88,6 +94,7 @@ class Evaluation:
             evaluation_seed(self._recipe.seed),
             data.max_regions,
             pin=processes.device.type == "cuda",
+            rule=Rule("padded" if batch.mode == "padded" else "packed"),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch
 
 from vlscale.config import Recipe, resolved
 from vlscale.data.dataset import Dataset
+from vlscale.data.deal import Rule
 from vlscale.data.loader import Loader, Preparer, Window
 from vlscale.data.plan import Plan, Position, Step
+from vlscale.data.prefetch import Prefetcher, class_tasks
 from vlscale.errors import VlscaleError
 from vlscale.models.folder import WEIGHTS_FILE, write_folder
 from vlscale.models.uniter import UniterForPretraining
@@ -71,7 +74,12 @@ class Training:
             f"data: {shares}",
             *(
                 f"data: {name}: {count} texts over data.max_text_tokens left out"
-                for name, count in plan.left_out.items()
+                for name, count in (*plan.left_out.items(), *self.evaluation.left_out.items())
+                if count
+            ),
+            *(
+                f"data: {name}: {count} texts of the first pass dropped, as UNITER's sampler drops them"
+                for name, count in plan.dropped.items()
                 if count
             ),
             f"{processes.world_size} processes on {processes.device.type}, {self.precision}, ZeRO stage "
@@ -86,6 +94,7 @@ class Training:
                 "accumulation": engine.accumulation,
                 "plan": plan.fingerprint,
                 "left_out": plan.left_out,
+                "dropped": plan.dropped,
                 "weights": started,
             }
             self.folder.describe(self.recipe, ds_config, facts)
@@ -320,6 +329,9 @@ def _interval(run: Training) -> Interval:
 
 def _loader(run: Training, position: Position) -> Loader:
     recipe, processes = run.recipe, run.processes
+    prefetcher = None
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one process per node: the cache is the node's
+        prefetcher = Prefetcher(run.datasets, run.plan, position, class_tasks(run.objectives))
     return Loader(
         run.datasets,
         cast("Mapping[str, Preparer]", run.objectives),
@@ -334,4 +346,6 @@ def _loader(run: Training, position: Position) -> Loader:
         recipe.seed,
         recipe.data.max_regions,
         pin=processes.device.type == "cuda",
+        prefetcher=prefetcher,
+        rule=Rule(recipe.batch.mode, run.model.config.hidden_size),
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
-from vlscale.config import DatasetSection, Recipe
+from vlscale.config import DataSection, DatasetSection, Recipe
 from vlscale.convert.initial import read_initial
 from vlscale.data.dataset import Dataset, open_dataset
+from vlscale.data.remote import CacheSettings
 from vlscale.errors import VlscaleError
 from vlscale.models.registry import build_model
 from vlscale.models.uniter import UniterForPretraining
@@ -19,6 +20,15 @@ from vlscale.ragged import RaggedBatch
 from vlscale.train.engine import Engine, construction, is_partitioned, load_weights, share_parameters
 from vlscale.train.optim import build_optimizer, build_param_groups
 from vlscale.train.processes import Processes
+
+
+class DataFacts(TypedDict):
+    """What a model has to know of the datasets that it reads; see :func:`vlscale.models.registry.resolve_config`."""
+
+    vocab_size: int
+    feature_dim: int
+    num_classes: int | None
+    vocab_fingerprint: str
 
 
 class PretrainingModule(nn.Module):
@@ -34,16 +44,17 @@ class PretrainingModule(nn.Module):
         return self.objectives[task].terms(self.model, batch)
 
 
-def open_datasets(sections: Iterable[DatasetSection], verify: bool) -> dict[str, Dataset]:
-    """Open datasets by name.
+def open_datasets(sections: Iterable[DatasetSection], data: DataSection) -> dict[str, Dataset]:
+    """Open datasets by name; ``data`` says how they are read.
 
     Raises:
-        VlscaleError: a store is missing or damaged.
+        VlscaleError: a store is missing or damaged, or a remote does not answer.
     """
-    return {section.name: open_dataset(section.name, section.root, verify) for section in sections}
+    cache = CacheSettings.from_section(data)
+    return {section.name: open_dataset(section.name, section.root, data.verify, cache) for section in sections}
 
 
-def data_facts(datasets: Iterable[Dataset]) -> dict[str, int | None]:
+def data_facts(datasets: Iterable[Dataset]) -> DataFacts:
     """Return what a model has to know of the datasets that it reads; they have to agree on it.
 
     Raises:
@@ -66,14 +77,19 @@ def data_facts(datasets: Iterable[Dataset]) -> dict[str, int | None]:
                     f"datasets {first.root} and {other.root} do not go together: {what} {one} against {two}; build "
                     f"them with the same tokenizer and features"
                 )
-    return {"vocab_size": first.vocabulary.size, "feature_dim": first.feature_dim, "num_classes": classes}
+    return {
+        "vocab_size": first.vocabulary.size,
+        "feature_dim": first.feature_dim,
+        "num_classes": classes,
+        "vocab_fingerprint": first.vocabulary.fingerprint,
+    }
 
 
 def build_engine(
     processes: Processes,
     recipe: Recipe,
     objectives: Mapping[str, Objective],
-    facts: Mapping[str, int | None],
+    facts: DataFacts,
     config: dict[str, Any],
 ) -> tuple[Engine, str]:
     """Build the model with its initial weights, and the engine around it.
