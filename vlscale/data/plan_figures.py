@@ -1,0 +1,153 @@
+"""What a plan makes of a dataset: fill, padding, straggler factor and steps per pass for a budget and a world size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlscale.data.deal import MicroBatch, accumulation, deal, straggler
+from vlscale.data.lengths import DatasetLengths
+from vlscale.data.plan import Plan, PlanSettings
+from vlscale.errors import VlscaleError
+
+MOST_STEPS = 1000
+"""Steps that are looked at unless asked otherwise; a pass of a large dataset has more."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlanFigures:
+    """Figures of the first pass of a dataset under a plan.
+
+    Attributes:
+        world_size: processes; accumulation: micro-steps per step.
+        micro_batch_tokens: the ceiling; global_batch_tokens: tokens of a step at most.
+        longest: tokens of the longest example.
+        texts: texts in a pass; left_out: texts longer than the limit, which take no part.
+        steps: steps that were looked at; examples: texts in them.
+        steps_per_pass: texts in a pass / texts per step.
+        fill: real tokens / (micro-batches x ceiling).
+        padding: share of positions that hold padding: 0, batches are packed.
+        padding_if_padded: the same if every micro-batch were padded to its longest example.
+        straggler_mean, straggler_most: tokens of the busiest rank / mean over ranks, over the steps.
+        empty: micro-batches without an example.
+        tokens: int64 [steps, world_size * accumulation], real tokens of each micro-batch; 0 in an empty one.
+    """
+
+    world_size: int
+    accumulation: int
+    micro_batch_tokens: int
+    global_batch_tokens: int
+    longest: int
+    texts: int
+    left_out: int
+    steps: int
+    examples: int
+    steps_per_pass: float
+    fill: float
+    padding: float
+    padding_if_padded: float
+    straggler_mean: float
+    straggler_most: float
+    empty: int
+    tokens: NDArray[np.int64]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures as plain JSON types; ``tokens`` becomes ``micro_batches`` (least, median, most)."""
+        found = {name: value for name, value in self.__dict__.items() if name != "tokens"}
+        used = self.tokens[self.tokens > 0]
+        spread = {"least": int(used.min()), "median": float(np.median(used)), "most": int(used.max())}
+        return {**found, "micro_batches": {"count": int(used.size), **spread}}
+
+
+def plan_figures(
+    lengths: DatasetLengths,
+    task: str,
+    settings: PlanSettings,
+    world_size: int = 1,
+    gas: int | None = None,
+    most_steps: int = MOST_STEPS,
+) -> PlanFigures:
+    """Plan and deal a pass (or its first steps), without reading a row.
+
+    Args:
+        lengths: the dataset.
+        task: pre-training task of every step.
+        settings: ``global_batch_tokens`` is replaced if ``gas`` is given.
+        world_size: number of processes.
+        gas: take the largest global batch that is sure to fit in so many micro-steps.
+        most_steps: steps that are looked at.
+
+    Raises:
+        VlscaleError: the ceiling is below the longest example, or the step below what ``world_size`` needs.
+    """
+    ceiling = settings.micro_batch_tokens
+    # A plan with a step that takes anything, to learn the longest example before the step's size is chosen.
+    trial = Plan([(lengths, {task: 1.0})], replace(settings, global_batch_tokens=1 << 60, global_batch_examples=None))
+    source = trial.sources[lengths.name]
+    longest = source.heaviest(task, 1)
+    if longest > ceiling:
+        raise VlscaleError(
+            f"--budget {ceiling} is smaller than the longest example of {lengths.name}: {longest} tokens; raise it to "
+            f"at least {longest}, or lower --max-regions or --max-text-tokens"
+        )
+    total = settings.global_batch_tokens
+    if gas is not None:
+        # The largest total that list scheduling is sure to lay into world_size x gas micro-batches (see deal.py).
+        total = world_size * gas * (ceiling - longest) + longest
+    if total is None:
+        raise VlscaleError("give --gas or --global-tokens")
+    if total < longest:
+        raise VlscaleError(
+            f"--global-tokens {total} is smaller than the longest example of {lengths.name}: {longest} tokens; raise it"
+        )
+    plan = Plan([(lengths, {task: 1.0})], replace(settings, global_batch_tokens=total, global_batch_examples=None))
+    needed = accumulation(plan, world_size)
+    return _walk(plan, task, lengths, world_size, needed, longest, most_steps)
+
+
+def _walk(
+    plan: Plan, task: str, lengths: DatasetLengths, world_size: int, gas: int, longest: int, most_steps: int
+) -> PlanFigures:
+    settings, source = plan.settings, plan.sources[lengths.name]
+    in_pass, ceiling = source.survey.total, settings.micro_batch_tokens
+    position, examples, padded, empty = plan.start(), 0, 0, 0
+    tokens: list[list[int]] = []
+    stragglers: list[float] = []
+    while examples < in_pass and len(tokens) < most_steps:
+        step, position = plan.step(position)
+        dealt = deal(step, world_size, gas, ceiling)
+        micro_batches = [micro for rank in dealt for micro in rank]
+        tokens.append([micro.tokens if micro.weight else 0 for micro in micro_batches])
+        padded += sum(_padded(micro, lengths, settings.max_regions) for micro in micro_batches if micro.weight)
+        empty += sum(not micro.weight for micro in micro_batches)
+        stragglers.append(straggler(dealt))
+        examples += len(step)
+    table = np.array(tokens, np.int64)
+    real = int(table.sum())
+    return PlanFigures(
+        world_size=world_size,
+        accumulation=gas,
+        micro_batch_tokens=ceiling,
+        global_batch_tokens=settings.global_batch_tokens or 0,
+        longest=longest,
+        texts=in_pass,
+        left_out=source.survey.left_out,
+        steps=len(tokens),
+        examples=examples,
+        steps_per_pass=in_pass * len(tokens) / examples,
+        fill=real / (table.size * ceiling),
+        padding=0.0,
+        padding_if_padded=1 - real / padded,
+        straggler_mean=float(np.mean(stragglers)),
+        straggler_most=float(np.max(stragglers)),
+        empty=empty,
+        tokens=table,
+    )
+
+
+def _padded(micro: MicroBatch, lengths: DatasetLengths, max_regions: int) -> int:
+    """Positions of a micro-batch if it were padded to its longest example."""
+    return len(micro) * int(lengths.costs(micro.texts, micro.images, max_regions).max())
