@@ -1,0 +1,206 @@
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+from tokenizers import Tokenizer
+
+from data_tools.tokenizers import MAX_BYTES, load_tokenizer
+from data_tools.train_tokenizer import main, train_bpe, train_sentencepiece, train_wordpiece, training_texts
+from tests.data_tools.text_sources import ENGLISH, small_tokenizer
+from vlscale.errors import VlscaleError
+
+KINDS = ("wordpiece", "bpe", "sentencepiece")
+BERT_HEAD = ["[PAD]", *(f"[unused{n}]" for n in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+BERT_CASED = [*BERT_HEAD, "[unused100]", "[unused101]", "!", '"', "A", "dog", "##s", "run", "Z", "é"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request, tmp_path_factory):
+    return load_tokenizer(small_tokenizer(tmp_path_factory.mktemp(request.param), request.param))
+
+
+def test_every_kind_is_trained_and_used(trained):
+    vocabulary = trained.vocabulary
+    ids = trained.encode(ENGLISH[0])
+    assert ids
+    assert all(0 <= index < vocabulary.size for index in ids)
+    special = {vocabulary.pad, vocabulary.cls, vocabulary.sep, vocabulary.mask}
+    assert not special & set(ids)
+    assert vocabulary.unk not in ids
+    assert trained.encode("") == []
+    assert trained.encode_many(ENGLISH) == [trained.encode(text) for text in ENGLISH]
+
+
+def test_random_words_are_no_special_tokens(trained):
+    low, high = trained.vocabulary.random_range
+    assert (low, high) == (5, trained.vocabulary.size)
+
+
+@pytest.mark.parametrize("text", ["a [MASK] b", "a <mask> b", "a [SEP] </s> <s> [CLS] b", "[PAD] <pad>"])
+def test_special_tokens_in_a_text_are_words(trained, text):
+    vocabulary = trained.vocabulary
+    special = {vocabulary.pad, vocabulary.cls, vocabulary.sep, vocabulary.mask}
+    assert not special & set(trained.encode(text))
+
+
+def test_texts_that_follow_others_are_the_end_of_the_joined_text(trained):
+    first, second = ENGLISH[0], ENGLISH[6]
+    joined = trained.encode(f"{first} {second}")
+    assert trained.encode(first) + trained.encode_many([second], following=True)[0] == joined
+    assert trained.marks_following == (trained.encode(first) + trained.encode(second) != joined)
+
+
+def test_the_fingerprint_is_that_of_the_file(tmp_path):
+    for kind in KINDS:
+        folder = small_tokenizer(tmp_path / kind, kind)
+        file = next(folder.iterdir())
+        tokenizer = load_tokenizer(file)
+        assert tokenizer.vocabulary.fingerprint == hashlib.sha256(file.read_bytes()).hexdigest()
+        if tokenizer.to_json() is not None:
+            again = tmp_path / f"{kind}.json"
+            again.write_text(tokenizer.to_json(), encoding="utf-8")
+            assert load_tokenizer(again).vocabulary == tokenizer.vocabulary
+
+
+def write_vocab(folder, tokens, **config):
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_berts_cased_vocabulary_has_its_published_range_of_random_words(tmp_path):
+    tokenizer = load_tokenizer(write_vocab(tmp_path, BERT_CASED))
+    vocabulary = tokenizer.vocabulary
+    assert vocabulary.random_range == (106, len(BERT_CASED))
+    assert [vocabulary.pad, vocabulary.unk, vocabulary.cls, vocabulary.sep, vocabulary.mask] == [0, 100, 101, 102, 103]
+    assert [vocabulary.tokens[index] for index in tokenizer.encode("A dogs run!")] == ["A", "dog", "##s", "run", "!"]
+
+
+def test_case_is_told_by_the_configuration_or_by_capitals(tmp_path):
+    lower = [token for token in BERT_CASED if token not in ("A", "Z")]
+    for name, tokens, config, expected in (
+        ("a", BERT_CASED, {}, ["[UNK]"]),
+        ("b", lower, {}, ["dog"]),
+        ("c", lower, {"do_lower_case": False}, ["[UNK]"]),
+    ):
+        tokenizer = load_tokenizer(write_vocab(tmp_path / name, tokens, **config))
+        assert [tokenizer.vocabulary.tokens[index] for index in tokenizer.encode("DOG")] == expected
+
+
+GPT2_TOKENS = [chr(index) for index in range(33, 127)] + ["Ġ", "do", "dog", "Ġdog"]
+GPT2_MERGES = "#version: 0.2\nd o\ndo g\nĠ dog\n"
+
+
+def test_robertas_two_files_are_byte_level_bpe(tmp_path):
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *GPT2_TOKENS, "madeupword0000", "<mask>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    with pytest.raises(VlscaleError, match=r"merges\.txt is missing"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "merges.txt").write_text(GPT2_MERGES, encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert [tokenizer.vocabulary.tokens[index] for index in tokenizer.encode("dog dog.")] == ["dog", "Ġdog", "."]
+    assert tokenizer.vocabulary.random_range == (4, 4 + len(GPT2_TOKENS))
+    assert tokenizer.vocabulary.cls == 0
+    assert tokenizer.vocabulary.mask == len(tokens) - 1
+
+
+def test_unimos_three_files_are_byte_level_bpe_renumbered(tmp_path):
+    (tmp_path / "encoder.json").write_text(json.dumps({token: index for index, token in enumerate(GPT2_TOKENS)}))
+    (tmp_path / "vocab.bpe").write_text(GPT2_MERGES, encoding="utf-8")
+    order = list(reversed(range(len(GPT2_TOKENS))))
+    lines = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", *map(str, order), "madeupword0000", "[MASK]"]
+    (tmp_path / "vocab.txt").write_text("\n".join(lines) + "\n")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("dog dog") == [4 + order.index(GPT2_TOKENS.index(t)) for t in ("dog", "Ġdog")]
+    assert tokenizer.vocabulary.random_range == (4, 4 + len(GPT2_TOKENS))
+    assert (tokenizer.vocabulary.cls, tokenizer.vocabulary.sep) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("vocab.txt", b"a\nb\na\n", "stands on two lines"),
+        ("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\na\nb\n", r"has no mask token \(\[MASK\] or <mask>\)"),
+        ("vocab.txt", b"\xff\xfe", "cannot be read as a tokenizer"),
+        ("tokenizer.json", b"{}", "cannot be read as a tokenizer"),
+        ("tokenizer.json", b"[" * 100_000, "cannot be read as a tokenizer"),
+        ("tokenizer.json", b"", "cannot be read as a tokenizer"),
+        ("tokenizer.model", b"not a model", "cannot be read as a SentencePiece model"),
+        ("tokenizer.model", b"", "SentencePiece model|has no pad token"),
+    ],
+)
+def test_what_is_no_tokenizer_is_one_line(tmp_path, name, content, why):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(VlscaleError, match=why) as found:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(found.value)
+    assert name in str(found.value)
+
+
+def test_missing_large_and_gapped_tokenizers_are_refused(tmp_path):
+    with pytest.raises(VlscaleError, match=r"a folder without any of tokenizer\.json, vocab\.txt"):
+        load_tokenizer(tmp_path)
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(VlscaleError, match="larger than 64 MiB"):
+        load_tokenizer(tmp_path)
+    gapped = json.loads(train_wordpiece(ENGLISH, 60))
+    gapped["model"]["vocab"]["gap"] = 999
+    (tmp_path / "tokenizer.json").write_text(json.dumps(gapped))
+    with pytest.raises(VlscaleError, match="without gaps"):
+        load_tokenizer(tmp_path)
+
+
+def test_truncation_and_padding_of_a_published_file_are_switched_off(tmp_path):
+    tokenizer = Tokenizer.from_str(train_wordpiece(ENGLISH, 200, min_frequency=1))
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert len(load_tokenizer(tmp_path).encode(ENGLISH[1])) > 9
+
+
+def test_the_command_line_trains_and_never_overwrites(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\n".join(ENGLISH), encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in ENGLISH))
+    main(["bpe", str(tmp_path / "a.txt"), "--out", str(tmp_path / "one"), "--vocab-size", "300"])
+    main(["bpe", str(tmp_path / "b.jsonl"), "--out", str(tmp_path / "two"), "--vocab-size", "300", "--field", "body"])
+    assert (tmp_path / "one/tokenizer.json").read_bytes() == (tmp_path / "two/tokenizer.json").read_bytes()
+    assert "300 word pieces" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["bpe", str(tmp_path / "a.txt"), "--out", str(tmp_path / "one")])
+    assert "exists; remove it" in capsys.readouterr().err
+
+
+def test_too_few_texts_for_sentencepiece_are_one_line(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a b c\n")
+    with pytest.raises(SystemExit):
+        main(["sentencepiece", str(tmp_path / "a.txt"), "--out", str(tmp_path / "x"), "--vocab-size", "5000"])
+    assert capsys.readouterr().err.startswith("train_tokenizer: error: SentencePiece cannot be trained with")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("a.txt", b"good\n\xff\xfe\n", r"a\.txt: row 2: line: is not UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{"t": 1}\n', r"a\.jsonl: row 2: text: not to be had"),
+        ("a.jsonl", b"{\n", r"a\.jsonl: row 1: text: not to be had"),
+    ],
+)
+def test_bad_training_texts_name_their_row(tmp_path, name, content, why):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(VlscaleError, match=why):
+        list(training_texts([tmp_path / name]))
+
+
+def test_training_bpe_or_sentencepiece_gives_the_same_file_in_another_process():
+    code = (
+        "from data_tools.train_tokenizer import *; from tests.data_tools.text_sources import ENGLISH; import hashlib;"
+        "print(hashlib.sha256(train_bpe(ENGLISH, 300).encode() + train_sentencepiece(ENGLISH * 3, 70)).hexdigest())"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    here = train_bpe(ENGLISH, 300).encode() + train_sentencepiece(ENGLISH * 3, 70)
+    assert hashlib.sha256(here).hexdigest() == other
