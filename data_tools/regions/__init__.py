@@ -1,0 +1,1 @@
+"""Region extraction: detectors and backbones that turn pictures into features, boxes, class probabilities."""
