@@ -1,43 +1,30 @@
 """Optimal transport between the words and the regions of each example (IPOT), behind one signature.
 
-Backends are chosen by name; ``"auto"`` picks the best that the machine can run. All of them compute in float32
-(float64 for float64 inputs), take half-precision inputs, and let the gradient flow through the cost only.
+Backends are chosen by name; ``"auto"`` picks the fastest that the machine can run (see ``vlscale doctor``). All of them
+compute in float32 (float64 for float64 inputs), take half-precision inputs as they are, and let the gradient flow
+through the cost only.
+
+| backend | where |
+| --- | --- |
+| ``reference`` | anywhere, any float dtype: plain PyTorch, which the others are measured against |
+| ``cpu`` | CPUs with a C++ compiler, which is asked once |
+| ``triton`` | NVIDIA GPUs from sm_80 on |
+| ``cuda`` | NVIDIA GPUs from sm_70 on (V100), compiled by NVRTC at first use |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
-from vlscale.errors import VlscaleError, nearest
-from vlscale.kernels.ipot import reference
-from vlscale.kernels.ipot.reference import cosine_cost, transport_plan
+from vlscale.kernels.ipot import backends, checks, reference
+from vlscale.kernels.ipot.backends import BACKENDS, resolve_backend
+from vlscale.kernels.ipot.function import Settings, run
+from vlscale.kernels.ipot.reference import cosine_cost
+from vlscale.ragged import cumulative
 
 __all__ = ["BACKENDS", "cosine_cost", "ipot_distance", "ipot_distance_padded", "resolve_backend", "transport_plan"]
-
-Backend = Callable[..., tuple[Tensor, Tensor]]
-
-BACKENDS: dict[str, Backend] = {"reference": reference.ipot_packed}
-"""Name -> function of the packed signature, returning distances [B] and padded plans [B, R, T]."""
-
-
-def resolve_backend(name: str, device: torch.device | None = None) -> str:
-    """Return the backend that ``name`` stands for on ``device``; ``"auto"`` picks the fastest one that runs there.
-
-    Raises:
-        VlscaleError: no backend has this name.
-    """
-    if name == "auto":
-        return "reference"
-    if name not in BACKENDS:
-        known = ("auto", *BACKENDS)
-        raise VlscaleError(
-            f"objectives.wra.backend: no IPOT backend {name!r}{nearest(name, known)} (known: {', '.join(known)})"
-        )
-    return name
 
 
 @overload
@@ -106,12 +93,19 @@ def ipot_distance(
         float32 [B] (float64 for float64 inputs), and the plan where asked for.
 
     Raises:
-        VlscaleError: unknown backend.
+        ValueError: shapes, dtypes, devices, lengths or settings that do not fit, before anything is launched.
+        VlscaleError: unknown backend, or one that does not run here.
     """
-    run = BACKENDS[resolve_backend(backend, words.device)]
-    distance, plan = run(
-        words, regions, cu_words, cu_regions, beta, iterations, inner_iterations, max_words, max_regions
-    )
+    checks.check_settings(beta, iterations, inner_iterations)
+    checks.check_packed(words, regions, cu_words, cu_regions, max_words, max_regions)
+    name = resolve_backend(backend, words.device, words.dtype)
+    if max_words is None or max_regions is None:
+        max_words, max_regions = reference.longest(cu_words.diff(), cu_regions.diff())
+    settings = Settings(float(beta), iterations, inner_iterations, max(max_words, 1), max(max_regions, 1))
+    if name == "reference":
+        distance, plan = reference.ipot_packed(words, regions, cu_words, cu_regions, settings)
+    else:
+        distance, plan = run(backends.kernel(name), words, regions, cu_words, cu_regions, settings)
     return (distance, plan) if return_plan else distance
 
 
@@ -123,13 +117,64 @@ def ipot_distance_padded(
     beta: float = 0.5,
     iterations: int = 50,
     inner_iterations: int = 1,
+    backend: str = "auto",
     return_plan: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return the distances of padded words [B, T, H] and regions [B, R, H]; padding may hold anything, even NaN.
 
-    ``word_lengths`` and ``region_counts`` are int [B]. The rest is as in :func:`ipot_distance`, reference backend.
+    ``word_lengths`` and ``region_counts`` are int [B]. The rest is as in :func:`ipot_distance`. Compiled backends take
+    packed rows, and finding them waits for a GPU once: prefer packed inputs there.
     """
-    distance, plan = reference.ipot_padded(
-        words, regions, word_lengths, region_counts, beta, iterations, inner_iterations
+    checks.check_settings(beta, iterations, inner_iterations)
+    checks.check_padded(words, regions, word_lengths, region_counts)
+    if resolve_backend(backend, words.device, words.dtype) == "reference":
+        settings = Settings(float(beta), iterations, inner_iterations, max(words.shape[1], 1), max(regions.shape[1], 1))
+        distance, plan = reference.ipot_padded(words, regions, word_lengths, region_counts, settings)
+        return (distance, plan) if return_plan else distance
+    found = ipot_distance(
+        words[reference.valid(word_lengths, words.shape[1])],
+        regions[reference.valid(region_counts, regions.shape[1])],
+        cumulative(word_lengths),
+        cumulative(region_counts),
+        beta,
+        iterations,
+        inner_iterations,
+        backend,
+        return_plan=True,
+        max_words=words.shape[1],
+        max_regions=regions.shape[1],
     )
-    return (distance, plan) if return_plan else distance
+    return found if return_plan else found[0]
+
+
+def transport_plan(
+    cost_BTR: Tensor,
+    word_lengths: Tensor,
+    region_counts: Tensor,
+    beta: float = 0.5,
+    iterations: int = 50,
+    inner_iterations: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """Return the transport plans [B, R, T] of given costs, detached; zero at padding and in examples without a side.
+
+    Each word's column sums to 1/m exactly; each region's row sums to 1/n only approximately at a finite number of
+    iterations. Where (max cost - min cost) / beta is wide, the log form is used: nothing under- or overflows.
+
+    Args:
+        cost_BTR: [B, T, R] cost of moving a word to a region; padding may hold anything.
+        word_lengths: int [B], m of each example.
+        region_counts: int [B], n of each example.
+        beta: proximal step; smaller is sharper.
+        iterations: outer iterations.
+        inner_iterations: updates of (delta, sigma) per outer iteration (k in the paper).
+        backend: ``auto``, ``reference`` or ``cpu``; GPUs take the reference.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, lengths or settings that do not fit.
+        VlscaleError: unknown backend, or one that does not run here or takes no costs.
+    """
+    checks.check_settings(beta, iterations, inner_iterations)
+    checks.check_cost(cost_BTR, word_lengths, region_counts)
+    plan_of = backends.plan_function(backend, cost_BTR.device, cost_BTR.dtype)
+    return plan_of(cost_BTR, word_lengths, region_counts, float(beta), iterations, inner_iterations)

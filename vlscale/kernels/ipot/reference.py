@@ -23,6 +23,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from vlscale.kernels.ipot.function import Settings
 from vlscale.ragged import owners
 
 NORM_FLOOR = 1e-5
@@ -37,28 +38,18 @@ def ipot_packed(
     regions: Tensor,
     cu_words: Tensor,
     cu_regions: Tensor,
-    beta: float,
-    iterations: int,
-    inner_iterations: int,
-    max_words: int | None = None,
-    max_regions: int | None = None,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor]:
     """Return distances [B] and plans [B, R, T] of packed words [Nw, H] and regions [Nr, H].
 
-    ``max_words`` and ``max_regions`` (bounds on the lengths) spare the one device synchronisation that is otherwise
-    needed to size the padded tensors. See :func:`vlscale.kernels.ipot.ipot_distance`.
+    See :func:`vlscale.kernels.ipot.ipot_distance`.
     """
-    word_lengths, region_counts = cu_words.diff(), cu_regions.diff()
-    if max_words is None or max_regions is None:
-        max_words, max_regions = _longest(word_lengths, region_counts)
     return ipot_padded(
-        _pad(words, cu_words, max(max_words, 1)),
-        _pad(regions, cu_regions, max(max_regions, 1)),
-        word_lengths,
-        region_counts,
-        beta,
-        iterations,
-        inner_iterations,
+        _pad(words, cu_words, settings.max_words),
+        _pad(regions, cu_regions, settings.max_regions),
+        cu_words.diff(),
+        cu_regions.diff(),
+        settings,
     )
 
 
@@ -67,15 +58,19 @@ def ipot_padded(
     regions_BRH: Tensor,
     word_lengths: Tensor,
     region_counts: Tensor,
-    beta: float,
-    iterations: int,
-    inner_iterations: int,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor]:
     """Return distances [B] and plans [B, R, T]; the twin of :func:`ipot_packed` for padded tensors."""
     with torch.autocast(words_BTH.device.type, enabled=False):
         cost_BTR = cosine_cost(words_BTH, regions_BRH, word_lengths, region_counts)
         plan_BRT = transport_plan(
-            cost_BTR, word_lengths, region_counts, beta, iterations, inner_iterations, cost_range=COSINE_RANGE
+            cost_BTR,
+            word_lengths,
+            region_counts,
+            settings.beta,
+            settings.iterations,
+            settings.inner_iterations,
+            cost_range=COSINE_RANGE,
         )
         return (cost_BTR * plan_BRT.transpose(1, 2)).sum((1, 2)), plan_BRT
 
@@ -87,7 +82,7 @@ def cosine_cost(words_BTH: Tensor, regions_BRH: Tensor, word_lengths: Tensor, re
     float32 norms.
     """
     dtype = torch.float64 if words_BTH.dtype == torch.float64 else torch.float32
-    word_BT, region_BR = _valid(word_lengths, words_BTH.shape[1]), _valid(region_counts, regions_BRH.shape[1])
+    word_BT, region_BR = valid(word_lengths, words_BTH.shape[1]), valid(region_counts, regions_BRH.shape[1])
     words = torch.where(word_BT[..., None], words_BTH, 0).to(dtype)
     regions = torch.where(region_BR[..., None], regions_BRH, 0).to(dtype)
     word_norm_BT = torch.linalg.vector_norm(words, dim=-1).clamp_min(NORM_FLOOR)
@@ -122,12 +117,8 @@ def transport_plan(
         inner_iterations: updates of (delta, sigma) per outer iteration (k in the paper).
         cost_range: a known bound on max C - min C; without it the costs are looked at (one device synchronisation).
     """
-    if beta <= 0 or iterations < 1 or inner_iterations < 1:
-        raise ValueError(
-            f"IPOT needs beta > 0, iterations >= 1, inner_iterations >= 1, got {beta}, {iterations}, {inner_iterations}"
-        )
     dtype = torch.float64 if cost_BTR.dtype == torch.float64 else torch.float32
-    word_BT, region_BR = _valid(word_lengths, cost_BTR.shape[1]), _valid(region_counts, cost_BTR.shape[2])
+    word_BT, region_BR = valid(word_lengths, cost_BTR.shape[1]), valid(region_counts, cost_BTR.shape[2])
     valid_BRT = region_BR[:, :, None] & word_BT[:, None, :]
     if valid_BRT.numel() == 0:
         return torch.zeros(valid_BRT.shape, dtype=dtype, device=cost_BTR.device)
@@ -137,7 +128,7 @@ def transport_plan(
     logits_BRT = torch.where(valid_BRT, (lowest_BR1 - cost_BRT) / beta, -math.inf)
     if cost_range is None:
         cost_range = _widest(cost_BRT, valid_BRT)
-    limit = 600.0 if dtype == torch.float64 else 80.0
+    limit = 600.0 if dtype == torch.float64 else 60.0  # so far below a word's largest entry nothing counts
     fits = cost_range / beta + math.log(valid_BRT[0].numel()) < limit
     form = _plan_form if fits else _log_form
     with torch.autocast(cost_BTR.device.type, enabled=False), _full_precision_products():
@@ -188,10 +179,13 @@ def _log_form(
         log_sigma_B1T = torch.where(word_B1T, ahead_B1T - word_potential_B1T, 0)
         word_potential_B1T = ahead_B1T
     log_plan_BRT = region_potential_BR1 + word_potential_B1T + iterations * logits_BRT
-    return torch.where(valid_BRT, log_plan_BRT.exp(), 0)
+    plan_BRT = torch.where(valid_BRT, log_plan_BRT.exp(), 0)
+    # Potentials grow with the iterations, and their rounding with them: restore the words' marginal, which is exact.
+    mass_B1T = plan_BRT.sum(1, keepdim=True) * log_words_B11.exp()
+    return torch.where(valid_BRT, plan_BRT / mass_B1T, 0)
 
 
-def _valid(lengths: Tensor, width: int) -> Tensor:
+def valid(lengths: Tensor, width: int) -> Tensor:
     """Return bool [B, width], True in front of each length."""
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
@@ -203,7 +197,7 @@ def _widest(cost_BRT: Tensor, valid_BRT: Tensor) -> float:
     return torch.where(valid_BRT.any(2).any(1), highest_B - lowest_B, 0).max().item()
 
 
-def _longest(word_lengths: Tensor, region_counts: Tensor) -> tuple[int, int]:
+def longest(word_lengths: Tensor, region_counts: Tensor) -> tuple[int, int]:
     """Return the longest text and the largest image in one synchronisation."""
     if word_lengths.numel() == 0:
         return 1, 1
