@@ -40,7 +40,7 @@ setup(
     license_files=["LICENSE", "THIRD_PARTY.md"],
     python_requires=">=3.10",
     packages=find_packages(include=["vlscale", "vlscale.*", "data_tools", "data_tools.*"]),
-    package_data={"vlscale.models": ["presets/*.yaml"], "vlscale.kernels.ipot": ["*.cpp", "*.cu"]},
+    package_data={"vlscale.models": ["presets/*.yaml"], "vlscale.kernels.ipot": ["*.cpp", "*.cu", "*.cuh"]},
     install_requires=CORE,
     entry_points={"console_scripts": ["vlscale = vlscale.cli:main"]},
     extras_require={"train": TRAIN, "demo": DEMO, "import": IMPORT, "dev": TRAIN + DEMO + IMPORT + DEV},

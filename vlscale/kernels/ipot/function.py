@@ -83,9 +83,7 @@ def run(
     kernel: Kernel, words: Tensor, regions: Tensor, cu_words: Tensor, cu_regions: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """Return distances [B], differentiable, and plans [B, R, T], which are not."""
-    distance, plan = _Ipot.apply(
-        words.contiguous(), regions.contiguous(), cu_words, cu_regions, kernel, settings
-    )
+    distance, plan = _Ipot.apply(words.contiguous(), regions.contiguous(), cu_words, cu_regions, kernel, settings)
     return distance, plan
 
 
