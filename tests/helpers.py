@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,7 @@ def make_dataset(
     classes: bool = True,
     texts_without_image: int = 0,
     codec: str = "none",
+    compression: str | None = None,
 ) -> Path:
     """Write a random dataset whose images are shared by texts, with ragged lengths and several shards.
 
@@ -46,13 +48,14 @@ def make_dataset(
     rng = np.random.default_rng(seed)
     vocabulary = make_vocabulary(vocab_size)
     counts = rng.integers(min_regions, max_regions + 1, images)
-    with ImageWriter(root, feature_dim, feature_dtype, codec=codec, shard_bytes=shard_bytes) as image_writer:  # type: ignore[arg-type]
+    options: dict[str, Any] = {"shard_bytes": shard_bytes, "compression": compression}
+    with ImageWriter(root, feature_dim, feature_dtype, codec=codec, **options) as image_writer:
         for row, count in enumerate(counts):
             corner = rng.uniform(0, 0.6, (count, 2))
             boxes = np.concatenate([corner, corner + rng.uniform(0.05, 0.4, (count, 2))], 1)
             features = rng.standard_normal((count, feature_dim))
             image_writer.write(f"image-{row}", 640, 480, features, boxes, rng.uniform(0.2, 1, count), {"row": row})
-    with TextWriter(root, vocabulary, image_writer.rows, shard_bytes=shard_bytes) as text_writer:
+    with TextWriter(root, vocabulary, image_writer.rows, **options) as text_writer:
         total = images * texts_per_image + texts_without_image
         for row in range(total):
             own = row // texts_per_image
@@ -62,7 +65,7 @@ def make_dataset(
                 refs.append(f"image-{(own + 1) % images}")
             text_writer.write(f"text-{row}", " ".join(vocabulary.tokens[i] for i in ids), ids, refs, {"row": row})
     if classes:
-        with ClassWriter(root, num_classes, shard_bytes=shard_bytes) as class_writer:
+        with ClassWriter(root, num_classes, **options) as class_writer:
             for count in counts:
                 class_writer.write(rng.dirichlet(np.ones(num_classes), count))
     return root

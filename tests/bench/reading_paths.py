@@ -57,7 +57,7 @@ def make_stores(
     vocabulary = Vocabulary.from_tokens(special + [f"w{index}" for index in range(1000)])
     noise = rng.standard_normal((4096, width), np.float32)
     written = []
-    with ImageWriter(root, width, "float16", **({"codec": codec} if codec != "none" or _has_codec() else {})) as images:
+    with ImageWriter(root, width, "float16", codec=codec) as images:
         for row, count in enumerate(regions):
             features = np.maximum(noise[rng.integers(0, len(noise), count)], 0).astype(np.float16)
             low = rng.uniform(0, 0.6, (count, 2))
@@ -75,10 +75,6 @@ def make_stores(
                 writer.write(rng.dirichlet(np.full(classes, 0.05), count))
     if codec == "none":
         _make_lmdb(root / "lmdb", written, ids)
-
-
-def _has_codec() -> bool:
-    return "codec" in ImageWriter.__init__.__code__.co_varnames
 
 
 def _make_lmdb(folder: Path, images: list[tuple[Any, Any]], texts: list[Any]) -> None:

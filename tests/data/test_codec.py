@@ -187,3 +187,22 @@ def test_writer_codes_by_default_and_says_what_uint8_loses(tmp_path):
         ImageWriter(tmp_path / "odd", 2048, codec="none", compression="zstd:99x"),
     ):
         pass
+
+
+def test_writers_compress_whole_shards_where_features_are_not_coded(tmp_path):
+    """Such shards are decompressed once, into the cache, and hold the same rows; without a cache the cure is named."""
+    from vlscale.data.remote import CacheSettings
+
+    plain = make_dataset(tmp_path / "plain", images=30, codec="none")
+    packed = make_dataset(tmp_path / "packed", images=30, codec="none", compression="zstd:3")
+    sizes = [sum(path.stat().st_size for path in root.rglob("shard*")) for root in (plain, packed)]
+    assert sizes[1] < sizes[0]
+    with pytest.raises(VlscaleError, match="cache"):
+        open_dataset("a", packed)
+    ours = open_dataset("a", packed, cache=CacheSettings(tmp_path / "cache"))
+    theirs = open_dataset("a", plain)
+    rows = np.arange(30)
+    for one, other in zip(ours.images.regions(rows, 100), theirs.images.regions(rows, 100), strict=True):
+        assert np.array_equal(one, other)
+    assert np.array_equal(ours.classes.probs(rows), theirs.classes.probs(rows))
+    assert np.array_equal(ours.texts.input_ids(rows)[0], theirs.texts.input_ids(rows)[0])

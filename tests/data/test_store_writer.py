@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 
@@ -191,3 +192,21 @@ def test_a_root_that_cannot_be_written_is_named(tmp_path) -> None:
 def test_writing_outside_the_block_is_a_bug(tmp_path) -> None:
     with pytest.raises(RuntimeError, match="with statement"):
         ImageWriter(tmp_path, 3).write(**image())
+
+
+@pytest.mark.parametrize("least", [0, 1 << 20])
+def test_a_shard_of_texts_ends_where_a_shard_of_images_does(tmp_path, monkeypatch, least):
+    """Unless it would be tiny: a window of text shards then needs no more images than it must."""
+    monkeypatch.setattr("vlscale.data.store_writer.LEAST_SHARD_BYTES", least)
+    dataset = open_dataset("a", make_dataset(tmp_path / "a", images=60, shard_bytes=1 << 12))
+    shards = json.loads((tmp_path / "a" / "images" / "index.json").read_text())["shards"]
+    ends = np.cumsum([shard["samples"] for shard in shards])
+    first = dataset.texts.image_refs[dataset.texts.image_ptr[:-1]]
+    image_shard = np.searchsorted(ends, first, "right")
+    begins = np.append(0, dataset.texts.shard_ends[:-1])
+    crossing = [
+        len(set(image_shard[begin:end])) > 1 for begin, end in zip(begins, dataset.texts.shard_ends, strict=True)
+    ]
+    assert len(ends) > 3
+    assert len(begins) > 1
+    assert any(crossing) is (least > 0)  # where only a full shard ends, it ends anywhere

@@ -346,4 +346,5 @@ def _shard_ends(folder: Path) -> NDArray[np.int64]:
     """Rows at which the shards of a store end; empty if there is no store yet."""
     if not (folder / INDEX_NAME).exists():
         return np.zeros(0, np.int64)
-    return read_index(folder, image_columns(read_meta(ImagesMeta, folder / "meta.json"))).ends
+    columns = image_columns(read_meta(ImagesMeta, folder / "meta.json"))
+    return read_index(folder, columns, on_disk=False).ends  # compressed ones are counted like others

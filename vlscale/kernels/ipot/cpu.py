@@ -18,7 +18,7 @@ _NAMES = {torch.float32: "float", torch.float64: "double"}
 def problem(device: torch.device) -> str | None:
     """Why this backend cannot run on ``device``, or None."""
     if device.type != "cpu":
-        return f"it is for the CPU, the tensors are on {device}"
+        return f"it is for the CPU, not for {device}"
     library, why = native.load()
     return None if library is not None else why
 

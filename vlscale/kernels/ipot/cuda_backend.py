@@ -57,7 +57,7 @@ MOST_WORDS, MOST_REGIONS = 1024, 512
 def problem(device: torch.device) -> str | None:
     """Why this backend cannot run on ``device``, or None."""
     if device.type != "cuda":
-        return f"it is for NVIDIA GPUs, the tensors are on {device}"
+        return f"it is for NVIDIA GPUs, not for {device}"
     if torch.version.hip is not None:
         return "it is for NVIDIA GPUs, this PyTorch is for AMD's"
     if torch.cuda.get_device_capability(device) < (7, 0):
