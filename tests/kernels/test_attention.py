@@ -66,6 +66,45 @@ def test_values_and_gradients_follow_the_definition(case, causal, backend):
         assert_close(gradient, wanted)
 
 
+@pytest.mark.parametrize("backend", ["padded", "packed"])
+def test_decoding_token_by_token_over_cached_keys_is_causal_attention(backend):
+    lengths = [5, 2, 7]
+    (q, k, v), (cu, _, longest, _) = _inputs(lengths, lengths)
+    whole = attention(q, k, v, cu, cu, longest, longest, causal=True, backend=backend).split(lengths)
+    parts = [x.split(lengths) for x in (q, k, v)]
+    for step in range(longest):
+        alive = [row for row, length in enumerate(lengths) if step < length]
+        query = torch.cat([parts[0][row][step : step + 1] for row in alive])
+        keys, values = (torch.cat([part[row][: step + 1] for row in alive]) for part in parts[1:])
+        cu_q, cu_k = (cumulative(torch.full((len(alive),), count)) for count in (1, step + 1))
+        found = attention(query, keys, values, cu_q, cu_k, 1, step + 1, causal=True, backend=backend)
+        assert_close(found, torch.stack([whole[row][step] for row in alive]))
+
+
+@pytest.mark.parametrize("backend", ["padded", "packed"])
+def test_a_prefix_is_two_calls(backend):
+    """Sequence to sequence: the source sees itself, the target sees the source and what it has said."""
+    source, target = [4, 1, 3], [2, 5, 3]
+    (q, k, v), _ = _inputs([a + b for a, b in zip(source, target, strict=True)], [7, 6, 6], heads=2)
+    k, v = q * 0.5, q + 1
+    both = [a + b for a, b in zip(source, target, strict=True)]
+    is_source = torch.cat([torch.arange(a + b) < a for a, b in zip(source, target, strict=True)])
+    cu_s, cu_t, cu_b = (cumulative(torch.tensor(counts)) for counts in (source, target, both))
+    found = torch.zeros_like(q)
+    seen = [x[is_source] for x in (q, k, v)]
+    found[is_source] = attention(*seen, cu_s, cu_s, max(source), max(source), backend=backend)
+    found[~is_source] = attention(q[~is_source], k, v, cu_t, cu_b, max(target), max(both), causal=True, backend=backend)
+    begin = 0
+    for first, second in zip(source, target, strict=True):
+        rows = slice(begin, begin + first + second)
+        allowed = torch.ones(first + second, first + second, dtype=torch.bool).tril()
+        allowed[:first, :first] = True
+        scores = torch.einsum("qhd,khd->hqk", q[rows], k[rows]) / q.shape[-1] ** 0.5
+        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+        assert_close(found[rows], torch.einsum("hqk,khd->qhd", weights, v[rows]))
+        begin += first + second
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=5), st.booleans())
 def test_backends_agree_for_any_lengths(lengths, causal):
