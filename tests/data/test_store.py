@@ -14,6 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 from tests.data.damage import patch
 from tests.helpers import make_dataset, make_vocabulary
 from vlscale.data.dataset import open_dataset
+from vlscale.data.index import record_side_files
 from vlscale.data.store import ClassStore
 from vlscale.data.store_writer import ClassWriter, ImageWriter, TextWriter
 from vlscale.errors import VlscaleError
@@ -199,13 +200,14 @@ def test_the_fingerprint_follows_content_not_name_or_place(source, root) -> None
         changed = good.copy()
         changed[:2] = changed[1::-1] if changed[0] != changed[1] else [1, 2]
         np.save(path, changed)
-        assert open_dataset("small", root).fingerprint != before, name
+        assert open_dataset("small", root, verify=False).fingerprint != before, name
         np.save(path, good)
     assert open_dataset("small", root).fingerprint == before
     path = root / "texts" / "meta.json"
     meta = json.loads(path.read_text())
     meta["vocabulary"]["random_range"] = [6, 64]
     path.write_text(json.dumps(meta))
+    record_side_files(path.parent)
     assert open_dataset("small", root).fingerprint != before
     shutil.rmtree(root / "classes")
     without = open_dataset("small", root)
@@ -271,7 +273,7 @@ def test_each_missing_file_is_named(root, part, name) -> None:
 def test_lengths_that_lie_about_a_row_are_found_when_it_is_read(root) -> None:
     side(root, "texts/lengths.npy", put(5, 60))
     side(root, "images/lengths.npy", lambda a: put([0, 1], [a[0] + 1, a[1] - 1])(a))
-    dataset = open_dataset("small", root)
+    dataset = open_dataset("small", root, verify=False)
     with pytest.raises(VlscaleError, match=r"texts: row 5: \d+ tokens, but lengths.npy says 60"):
         dataset.texts.input_ids(np.array([3, 5]))
     with pytest.raises(VlscaleError, match=r"images: row 1: boxes \[\d, 4\], expected \[\d, 4\] by lengths.npy"):
@@ -284,7 +286,25 @@ def test_a_feature_width_other_than_meta_is_named(root) -> None:
     with pytest.raises(
         VlscaleError, match=r"row 2: features \[\d, 8\].*expected \[\d, 16\].*meta.json \(feature_dim\)"
     ):
-        open_dataset("small", root).images.regions(np.array([2]), 5)
+        open_dataset("small", root, verify=False).images.regions(np.array([2]), 5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["texts/lengths.npy", "texts/image_refs.npy", "texts/image_ptr.npy", "images/lengths.npy", "images/meta.json"],
+)
+def test_a_flipped_bit_beside_the_shards_is_found_when_the_dataset_is_opened(root, name) -> None:
+    """A reference to the next image is as well formed as the right one; only its hash tells."""
+    path = root / name
+    content = bytearray(path.read_bytes())
+    place = content.rindex(b'"source": ""') + 11 if name.endswith("json") else len(content) - 8
+    content[place:place] = b"x" if name.endswith("json") else b""
+    if not name.endswith("json"):
+        content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(VlscaleError, match=rf"{name}: |classes: \d+ rows, but the images") as error:
+        open_dataset("small", root)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

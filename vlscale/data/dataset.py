@@ -88,7 +88,7 @@ def open_dataset(name: str, root: Path | str, verify: bool = True, cache: CacheS
     Args:
         name: its name in the recipe.
         root: folder or URL with images/, texts/ and, for mrc and mrckl, classes/.
-        verify: check each shard's hash when it is first touched.
+        verify: check the hashes of side files now, and each shard's when it is first touched.
         cache: fetch everything into a cache first, shards when they are needed; a URL needs one, and a folder may
             have one (a slow mount, compressed shards).
 
@@ -118,6 +118,9 @@ def open_dataset(name: str, root: Path | str, verify: bool = True, cache: CacheS
             raise VlscaleError(
                 f"{place / 'classes'}: {len(classes)} rows, but the images have {regions} regions; build it again"
             )
+    for store in (texts, images, classes):
+        if verify and store is not None:
+            store.reader.index.check_side_files()  # last: what the other checks say is more to the point
     return Dataset(name, place, texts, images, classes)
 
 

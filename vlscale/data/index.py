@@ -13,11 +13,12 @@ import re
 import stat
 import tokenize
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -109,12 +110,29 @@ class StoreIndex:
         columns: in the order in which a row holds them (sorted by name).
         shards: in order.
         digest: sha256 (hex) of the content of index.json in canonical form; it covers the shards' hashes.
+        side_files: name -> xxh64 (hex) of meta.json and the arrays beside it; empty if they were not recorded.
     """
 
     folder: Path
     columns: tuple[Column, ...]
     shards: tuple[ShardFile, ...]
     digest: str
+    side_files: Mapping[str, str] = field(default_factory=dict)
+
+    def check_side_files(self) -> None:
+        """Compare what stands beside the shards with the recorded hashes; a flipped bit there pairs the wrong rows.
+
+        Raises:
+            VlscaleError: a file is missing or differs.
+        """
+        for name, expected in self.side_files.items():
+            path = self.folder / name
+            found = file_hash(path)
+            if found != expected:
+                raise VlscaleError(
+                    f"{path}: xxh64 is {found}, {INDEX_NAME} records {expected}: it is damaged or was changed; restore "
+                    f"it, delete it if it was fetched (it comes again), or build the store again"
+                )
 
     @property
     def ends(self) -> NDArray[np.int64]:
@@ -144,9 +162,14 @@ class _Shard(_Model):
     column_sizes: list[int | None]
 
 
+_SideName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+\.(npy|json)$", max_length=80)]
+_Xxh64 = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+
+
 class _Index(_Model):
     version: Literal[2]
     shards: list[_Shard]
+    side_files: dict[_SideName, _Xxh64] = Field(default_factory=dict, max_length=16)
 
 
 def read_index(folder: Path, columns: Mapping[str, str], on_disk: bool = True) -> StoreIndex:
@@ -179,7 +202,35 @@ def read_index(folder: Path, columns: Mapping[str, str], on_disk: bool = True) -
             _check_on_disk(path, shard)
     shards = tuple(_shard_file(shard) for shard in index.shards)
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    return StoreIndex(folder, expected, shards, digest)
+    return StoreIndex(folder, expected, shards, digest, index.side_files)
+
+
+def record_side_files(folder: Path) -> None:
+    """Write the hashes of all files beside the shards into index.json; the last thing that a writer does.
+
+    mosaicml-streaming does not look at the key.
+    """
+    path = folder / INDEX_NAME
+    content = json.loads(path.read_bytes())
+    names = sorted(one.name for one in folder.iterdir() if one.suffix in (".npy", ".json") and one.name != INDEX_NAME)
+    content["side_files"] = {name: file_hash(folder / name) for name in names}
+    path.write_text(json.dumps(content, sort_keys=True), encoding="utf-8")
+
+
+def file_hash(path: Path) -> str:
+    """xxh64 (hex) of a file.
+
+    Raises:
+        VlscaleError: it cannot be read.
+    """
+    digest = xxhash.xxh64()
+    try:
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    except OSError as error:
+        raise VlscaleError(f"{path}: cannot be read ({error.strerror}); {_REBUILD}") from None
+    return digest.hexdigest()
 
 
 def _shard_file(shard: _Shard) -> ShardFile:

@@ -112,7 +112,10 @@ def open_stores(path: Path | str, cache: Path | None = None) -> Stores:
     path = Path(path)
     if "texts" in found and "images" in found:
         return _stores_of(path, open_dataset(path.resolve().name or "dataset", path))
-    return Stores(path, **{kind: _STORES[kind](folder) for kind, folder in found.items()})
+    opened = {kind: _STORES[kind](folder) for kind, folder in found.items()}
+    for store in opened.values():
+        store.reader.index.check_side_files()
+    return Stores(path, **opened)
 
 
 def _stores_of(path: Path | str, dataset: Dataset) -> Stores:

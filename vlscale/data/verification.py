@@ -81,8 +81,8 @@ def verify(path: Path | str, rows: bool = False, progress: Progress = lambda wha
     Raises:
         VlscaleError: no store is there at all.
     """
-    path = Path(path)
     folders = find_stores(path)
+    path = Path(path)
     report = Verification(stores=len(folders))
     damaged = {kind: _verify_shards(kind, folder, report, progress) for kind, folder in folders.items()}
     opened = {
@@ -176,7 +176,9 @@ def _open(kind: Kind, folder: Path, damaged: set[Path], report: Verification) ->
     """Open a store, which checks index.json, meta.json and side files; None if that fails."""
     stores: dict[Kind, type[AnyStore]] = {"texts": TextStore, "images": ImageStore, "classes": ClassStore}
     try:
-        return stores[kind](folder, verify=False)
+        store = stores[kind](folder, verify=False)
+        store.reader.index.check_side_files()
+        return store
     except VlscaleError as error:
         # A shard that is missing or of another size has been listed already.
         if not any(str(error).startswith(f"{path}:") for path in damaged):

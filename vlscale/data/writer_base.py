@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ValidationError
 from typing_extensions import Self
 
+from vlscale.data.index import record_side_files
 from vlscale.data.mds import open_writer
 from vlscale.data.schema import first_problem
 from vlscale.errors import VlscaleError
@@ -75,6 +76,7 @@ class StoreWriter:
         for name, array in self._side_files().items():
             np.save(self.folder / name, array, allow_pickle=False)
         (self.folder / "meta.json").write_text(self._meta.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        record_side_files(self.folder)
         self._refuse_existing()
         os.rename(self.folder, self.target)
 
