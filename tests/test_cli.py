@@ -55,6 +55,25 @@ def complaint(capsys: Capture, *arguments: object) -> str:
     return err
 
 
+def test_what_verify_leaves_out_is_said(capsys: Capture, toy: Path) -> None:
+    _truncate(toy / "texts/shard.00001.mds")
+    assert main(["inspect", str(toy), "--verify", "--plan", "--budget", "100"]) == 1
+    assert "not done because of the damage: --plan" in capsys.readouterr().err
+
+
+def test_plan_options(capsys: Capture, toy: Path) -> None:
+    assert "no effect without --rows or --plan" in complaint(capsys, toy, "--max-regions", 3)
+    assert "padded needs --global-tokens" in complaint(capsys, toy, "--plan", "--budget", 100, "--mode", "padded")
+    assert "at most 268435456" in complaint(capsys, toy, "--plan", "--budget", 99999999999)
+    assert "micro-batches are more than" in complaint(capsys, toy, "--plan", "--budget", 60, "--world", 2000000)
+    found = inspect_json(capsys, toy, "--plan", "--budget", 100, "--mode", "padded", "--global-tokens", 600)["plan"]
+    assert found["mode"] == "padded"
+    assert found["padding"] == found["padding_if_padded"] > 0
+    half = inspect_json(capsys, toy, "--plan", "--budget", 100, "--world", 2, "--global-tokens", 200)["plan"]
+    assert "% full" in half["advice"]
+    assert "s3://b/x" in complaint(capsys, "s3://b/x", "--verify")
+
+
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *arguments] if arguments else [sys.executable, "-c", code]
     return subprocess.run(

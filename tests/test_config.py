@@ -10,6 +10,8 @@ import yaml
 from vlscale.config import load_recipe, parse_recipe, resolved
 from vlscale.errors import VlscaleError
 
+DEMO = Path(__file__).resolve().parents[1] / "launch/recipes/demo.yaml"
+
 RECIPES = sorted(Path("launch/recipes").glob("*.yaml"))
 MINIMAL = {
     "name": "tiny",
@@ -74,7 +76,7 @@ def test_a_recipe_is_frozen(recipe_file: Path) -> None:
         ("schedule.warmup_steps=100", "warmup_steps 100 exceeds total_steps 10"),
         ("batch.global_batch_examples=4", "exactly one of"),
         ("activation_checkpointing=every 0", "activation_checkpointing"),
-        ("data.datasets.0.mix.mlm=0", "no dataset has a task"),
+        ("data.datasets.0.mix.mlm=0", "no task has a positive share"),
         ("optimizer", "expected KEY.KEY=VALUE"),
         ("name.x.y=1", "name is not a section"),
         ("name=../../etc", "name"),
@@ -140,10 +142,42 @@ def test_a_root_is_a_folder_or_a_url_and_a_url_needs_a_cache(recipe_file) -> Non
     ("value", "found"), [("64gb", 64 * 10**9), ("10", 10), ("null", None), ("2MiB", 2 << 20), ("5kb", 5000)]
 )
 def test_a_cache_limit_has_units(recipe_file, value, found) -> None:
-    assert load_recipe(recipe_file, (f"data.cache_limit={value}",)).data.cache_limit == found
+    assert load_recipe(recipe_file, ("data.cache=c", f"data.cache_limit={value}")).data.cache_limit == found
 
 
 @pytest.mark.parametrize("value", ["much", "64 parsecs", "-1", "0", "1e9gb"])
 def test_a_cache_limit_that_is_no_size_is_refused(recipe_file, value) -> None:
     with pytest.raises(VlscaleError, match=r"data\.cache_limit: "):
         load_recipe(recipe_file, (f"data.cache_limit={value}",))
+
+
+def test_keys_without_effect_and_datasets_without_a_task_are_refused(tmp_path):
+    recipe = yaml.safe_load(DEMO.read_text())
+    for change, says in (
+        ({"cache_limit": "1gb"}, "cache_limit has no effect without data.cache"),
+        ({"download_retries": 9}, "download_retries has no effect without data.cache"),
+        ({"datasets": [*recipe["data"]["datasets"], {"name": "b", "root": "b"}]}, "dataset b: no task has a positive"),
+        (
+            {"datasets": [*recipe["data"]["datasets"], {"name": "b", "root": "b", "repeat": 3}]},
+            "dataset b: no task has a positive share, so nothing would be trained on it",
+        ),
+    ):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**recipe, "data": {**recipe["data"], **change}}))
+        with pytest.raises(VlscaleError, match=says) as error:
+            load_recipe(path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_recipe_with_every_default_written_out_loads_again(tmp_path):
+    recipe = load_recipe(DEMO)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    assert load_recipe(path) == recipe
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = load_recipe(DEMO, ["data.cache=~/cache", "data.datasets.0.root=~/data"])
+    assert recipe.data.cache == tmp_path / "cache"
+    assert recipe.data.datasets[0].root == tmp_path / "data"

@@ -12,41 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vlscale.config_values import Beta, Bytes, Folder, Positive, Probability, Root
 from vlscale.errors import VlscaleError, nearest
 
 TaskName = Literal["mlm", "mrfr", "mrc", "mrckl", "itm"]
 TASKS: tuple[str, ...] = get_args(TaskName)
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 MAX_RECIPE_BYTES = 1 << 20
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
-
-
-def _bytes(value: Any) -> Any:
-    """``64gb`` as a number of bytes."""
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)", value) if isinstance(value, str) else None
-    if isinstance(value, str) and (not match or match[2].lower() not in _UNITS):
-        raise ValueError("expected a number of bytes, such as 64gb, 500mb or 64000000000")
-    return round(float(match[1]) * _UNITS[match[2].lower()]) if match else value
-
-
-def is_url(root: Any) -> bool:
-    """Is this a remote's URL (``s3://...``, ``dbfs:/...``) rather than a folder?"""
-    return isinstance(root, str) and bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|dbfs:/", root))
-
-
-def _root(value: Any) -> Any:
-    if not isinstance(value, (str, Path)) or not str(value):
-        raise ValueError("expected a folder, or a URL such as s3://bucket/folder")
-    return value if is_url(value) else Path(value)
-
-
-Root = Annotated[Path | str, BeforeValidator(_root)]
-Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
 
 
 class Section(BaseModel):
@@ -102,7 +75,7 @@ class DataSection(Section):
     workers: int = Field(2, ge=0, description="reader processes per rank")
     prefetch: int = Field(4, ge=1, description="micro-batches that each worker holds ready")
     verify: bool = Field(True, description="check the hash of each shard when it is first touched")
-    cache: Path | None = Field(None, description="folder on a local disk that all roots are fetched into, bit by bit")
+    cache: Folder | None = Field(None, description="folder on a local disk that all roots are fetched into, bit by bit")
     cache_limit: Bytes | None = Field(None, description="most bytes of shards in the cache, e.g. 64gb; null: no limit")
     download_retries: int = Field(2, ge=0, le=100, description="further attempts after a download has failed")
     download_timeout_s: float = Field(60, gt=0, description="seconds without any byte after which one has failed")
@@ -118,10 +91,16 @@ class DataSection(Section):
                 raise ValueError(
                     f"dataset {dataset.name}: its root is a remote; set data.cache to a folder for what is downloaded"
                 )
-        if not any(share > 0 for dataset in self.datasets for share in dataset.mix.values()):
-            raise ValueError(
-                "no dataset has a task with a positive share: set data.datasets[].mix, e.g. {mlm: 2, itm: 1}"
-            )
+        for dataset in self.datasets:
+            if not any(share > 0 for share in dataset.mix.values()):
+                raise ValueError(
+                    f"dataset {dataset.name}: no task has a positive share, so nothing would be trained on it: set its "
+                    f"mix, e.g. {{mlm: 2, itm: 1}}, or take it out"
+                )
+        if self.cache is None:
+            for key in ("cache_limit", "download_retries", "download_timeout_s"):
+                if getattr(self, key) != DataSection.model_fields[key].default:
+                    raise ValueError(f"{key} has no effect without data.cache: set it, or drop {key}")
         return self
 
 

@@ -250,7 +250,6 @@ def test_settings_come_from_the_recipe():
         "data": {
             "datasets": [
                 {"name": "toy", "root": "a", "mix": {"itm": 1, "mlm": 3}},
-                {"name": "idle", "root": "b", "mix": {}},
             ],
             "max_regions": 7,
         },
@@ -265,7 +264,7 @@ def test_settings_come_from_the_recipe():
         lengths: object
         fingerprint: str = "f"
 
-    opened = {"toy": Opened(toy_lengths()), "idle": Opened(toy_lengths(name="idle"))}
+    opened = {"toy": Opened(toy_lengths())}
     plan = Plan.from_recipe(parse_recipe(raw, "test"), opened)
     expected = settings(
         seed=9, global_batch_examples=32, micro_batch_tokens=512, max_regions=7, itm_replace="both", itm_group=8

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -14,11 +17,12 @@ from hypothesis import strategies as st
 from tests.bench.bench_plan import demo_lengths, load_lengths
 from tests.data.test_plan import same
 from tests.data.toy import toy_lengths
-from vlscale.data.deal import Rule, accumulation, deal, fitting_accumulation, straggler
+from vlscale.data.deal import Rule, accumulation, deal, fill_advice, fitting_accumulation, straggler
 from vlscale.data.plan import Plan, PlanSettings, Position
 from vlscale.errors import VlscaleError
 
 LONGEST = 18
+RECIPES = Path(__file__).resolve().parents[2] / "launch/recipes"
 STEPS = 12
 
 
@@ -210,7 +214,7 @@ def test_sizes_count_examples_whatever_the_tasks(unit, kind):
 def test_packed_micro_batches_are_full_and_even(world_size, load, ceiling, width):
     """Fill and the straggler factor in tokens and in operations; `make bench` has the whole table."""
     lengths, rule = load(), Rule("packed", width)
-    probe = Plan([(lengths, {"mlm": 1})], PlanSettings(42, global_batch_tokens=1 << 60))
+    probe = Plan([(lengths, {"mlm": 1})], PlanSettings(42, global_batch_tokens=1 << 28))
     longest = probe.sources[lengths.name].heaviest("mlm", 1)
     # The largest step that is sure to fit into one micro-batch per rank.
     total = world_size * (ceiling - longest) + longest
@@ -253,3 +257,37 @@ def test_work_falls_back_to_tokens_where_the_ceiling_is_tight():
     by_tokens = max(rank[0].tokens for rank in deal(step, 4, 1, 1 << 30))
     assert by_tokens < by_work
     assert max(rank[0].tokens for rank in deal(step, 4, 1, by_work - 1, Rule("packed", 1))) == by_tokens
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("name", ["uniter_base", "uniter_large"])
+def test_shipped_recipes_fill_their_micro_batches(name, world_size):
+    """Accumulation jumps by whole micro-batches per process; a ceiling taken at random may leave them half empty."""
+    batch = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["batch"]
+    plan = Plan([(load_lengths(), {"mlm": 1.0})], PlanSettings(1, **batch))
+    assert fill_advice(plan, world_size) is None
+    step, _ = plan.step(plan.start())
+    assert step.tokens / (world_size * accumulation(plan, world_size) * batch["micro_batch_tokens"]) >= 0.97
+
+
+def test_a_batch_that_leaves_micro_batches_empty_gets_cures_that_cure():
+    def plan_of(total, ceiling):
+        settings = PlanSettings(1, global_batch_tokens=total, micro_batch_tokens=ceiling)
+        return Plan([(load_lengths(), {"mlm": 1.0})], settings)
+
+    said = fill_advice(plan_of(8 * 10_240, 10_240), 8)
+    assert said is not None
+    assert "50% full" in said
+    fewer, smaller, larger = (
+        int(re.search(pattern, said)[1])
+        for pattern in (r"or (\d+) \(8 ", r"tokens (\d+) \(16\)", r"tokens (\d+), fills")
+    )
+    assert fill_advice(plan_of(8 * 10_240, fewer), 8) is None
+    assert accumulation(plan_of(8 * 10_240, fewer), 8) == 1
+    assert fill_advice(plan_of(8 * 10_240, smaller), 8) is None
+    assert fill_advice(plan_of(larger, 10_240), 8) is None
+
+
+def test_steps_beyond_reason_are_refused():
+    with pytest.raises(VlscaleError, match=r"batch.global_batch_tokens is 99999999999, at most 268435456"):
+        Plan([(load_lengths(), {"mlm": 1.0})], PlanSettings(1, global_batch_tokens=99_999_999_999))

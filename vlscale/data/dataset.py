@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vlscale.config import is_url
+from vlscale.config_values import is_url
 from vlscale.data.fetch import shown
 from vlscale.data.lengths import DatasetLengths, first_outside
 from vlscale.data.reader import FilesOf

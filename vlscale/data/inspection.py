@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from vlscale.config import is_url
+from vlscale.config_values import is_url
 from vlscale.data.chunks import slices
 from vlscale.data.dataset import Dataset, open_dataset
 from vlscale.data.index import INDEX_NAME, read_bytes

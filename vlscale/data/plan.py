@@ -66,6 +66,10 @@ class Position:
         return cls(step, cursors)
 
 
+MOST_OF_A_STEP = 1 << 28
+"""Tokens or examples; a step is planned as a whole, and more is a slip of the pen."""
+
+
 class Plan:
     """Cuts optimiser steps for a mix of datasets and tasks.
 
@@ -140,6 +144,9 @@ class Plan:
                 "wra.loss to reference or off, or batch.mode to packed"
             )
         examples, tokens = self.settings.global_batch_examples, self.settings.global_batch_tokens
+        for key, found in (("global_batch_examples", examples), ("global_batch_tokens", tokens)):
+            if found is not None and found > MOST_OF_A_STEP:
+                raise VlscaleError(f"batch.{key} is {found}, at most {MOST_OF_A_STEP} are planned for a step; lower it")
         for name, task in self.pairs:
             group = self.settings.group_of(task)
             if examples is not None and examples % group:

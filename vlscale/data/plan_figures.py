@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlscale.data.deal import MicroBatch, accumulation, deal, straggler
+from vlscale.data.deal import Rule, accumulation, deal, fill_advice, straggler
 from vlscale.data.lengths import DatasetLengths
-from vlscale.data.plan import Plan, PlanSettings
+from vlscale.data.plan import MOST_OF_A_STEP, Plan, PlanSettings
 from vlscale.errors import VlscaleError
 
 MOST_STEPS = 1000
 """Steps that are looked at unless asked otherwise; a pass of a large dataset has more."""
+MOST_MICRO_BATCHES = 1 << 20
+"""Of a step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +30,13 @@ class PlanFigures:
         texts: texts in a pass; left_out: texts longer than the limit, which take no part.
         steps: steps that were looked at; examples: texts in them.
         steps_per_pass: texts in a pass / texts per step.
-        fill: real tokens / (micro-batches x ceiling).
-        padding: share of positions that hold padding: 0, batches are packed.
+        mode: ``packed`` or ``padded``.
+        fill: what the ceiling counts / (micro-batches x ceiling): real tokens, or (padded) longest example x examples.
+        padding: share of positions that hold padding; 0 where batches are packed.
         padding_if_padded: the same if every micro-batch were padded to its longest example.
         straggler_mean, straggler_most: tokens of the busiest rank / mean over ranks, over the steps.
         empty: micro-batches without an example.
+        advice: one line if a small change of the batch would fill it, or None.
         tokens: int64 [steps, world_size * accumulation], real tokens of each micro-batch; 0 in an empty one.
     """
 
@@ -46,12 +50,14 @@ class PlanFigures:
     steps: int
     examples: int
     steps_per_pass: float
+    mode: str
     fill: float
     padding: float
     padding_if_padded: float
     straggler_mean: float
     straggler_most: float
     empty: int
+    advice: str | None
     tokens: NDArray[np.int64]
 
     def to_json(self) -> dict[str, Any]:
@@ -69,6 +75,7 @@ def plan_figures(
     world_size: int = 1,
     gas: int | None = None,
     most_steps: int = MOST_STEPS,
+    hidden_size: int | None = None,
 ) -> PlanFigures:
     """Plan and deal a pass (or its first steps), without reading a row.
 
@@ -79,13 +86,16 @@ def plan_figures(
         world_size: number of processes.
         gas: take the largest global batch that is sure to fit in so many micro-steps.
         most_steps: steps that are looked at.
+        hidden_size: of the model: micro-batches are then even in operations, as in training; None: in tokens.
 
     Raises:
         VlscaleError: the ceiling is below the longest example, or the step below what ``world_size`` needs.
     """
     ceiling = settings.micro_batch_tokens
     # A plan with a step that takes anything, to learn the longest example before the step's size is chosen.
-    trial = Plan([(lengths, {task: 1.0})], replace(settings, global_batch_tokens=1 << 60, global_batch_examples=None))
+    trial = Plan(
+        [(lengths, {task: 1.0})], replace(settings, global_batch_tokens=MOST_OF_A_STEP, global_batch_examples=None)
+    )
     source = trial.sources[lengths.name]
     longest = source.heaviest(task, 1)
     if longest > ceiling:
@@ -105,23 +115,35 @@ def plan_figures(
         )
     plan = Plan([(lengths, {task: 1.0})], replace(settings, global_batch_tokens=total, global_batch_examples=None))
     needed = accumulation(plan, world_size)
-    return _walk(plan, task, lengths, world_size, needed, longest, most_steps)
+    if world_size * needed > MOST_MICRO_BATCHES:
+        raise VlscaleError(
+            f"{world_size} processes x {needed} micro-batches are more than {MOST_MICRO_BATCHES} per step; lower "
+            f"--world, or raise --budget"
+        )
+    return _walk(plan, lengths, world_size, needed, longest, most_steps, hidden_size)
 
 
 def _walk(
-    plan: Plan, task: str, lengths: DatasetLengths, world_size: int, gas: int, longest: int, most_steps: int
+    plan: Plan,
+    lengths: DatasetLengths,
+    world_size: int,
+    gas: int,
+    longest: int,
+    most_steps: int,
+    hidden_size: int | None,
 ) -> PlanFigures:
     settings, source = plan.settings, plan.sources[lengths.name]
     in_pass, ceiling = source.survey.total, settings.micro_batch_tokens
     position, examples, padded, empty = plan.start(), 0, 0, 0
+    rule = Rule(settings.mode, hidden_size)
     tokens: list[list[int]] = []
     stragglers: list[float] = []
     while examples < in_pass and len(tokens) < most_steps:
         step, position = plan.step(position)
-        dealt = deal(step, world_size, gas, ceiling)
+        dealt = deal(step, world_size, gas, ceiling, rule)
         micro_batches = [micro for rank in dealt for micro in rank]
         tokens.append([micro.tokens if micro.weight else 0 for micro in micro_batches])
-        padded += sum(_padded(micro, lengths, settings.max_regions) for micro in micro_batches if micro.weight)
+        padded += sum(micro.padded for micro in micro_batches if micro.weight)
         empty += sum(not micro.weight for micro in micro_batches)
         stragglers.append(straggler(dealt))
         examples += len(step)
@@ -138,16 +160,13 @@ def _walk(
         steps=len(tokens),
         examples=examples,
         steps_per_pass=in_pass * len(tokens) / examples,
-        fill=real / (table.size * ceiling),
-        padding=0.0,
+        mode=settings.mode,
+        fill=(padded if settings.mode == "padded" else real) / (table.size * ceiling),
+        padding=1 - real / padded if settings.mode == "padded" else 0.0,
         padding_if_padded=1 - real / padded,
         straggler_mean=float(np.mean(stragglers)),
         straggler_most=float(np.max(stragglers)),
         empty=empty,
+        advice=fill_advice(plan, world_size),
         tokens=table,
     )
-
-
-def _padded(micro: MicroBatch, lengths: DatasetLengths, max_regions: int) -> int:
-    """Positions of a micro-batch if it were padded to its longest example."""
-    return len(micro) * int(lengths.costs(micro.texts, micro.images, max_regions).max())

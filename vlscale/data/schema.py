@@ -37,7 +37,9 @@ class Vocabulary(Meta):
         pad, unk, cls, sep, mask: ids of the special tokens, all different.
         random_range: ``(lo, hi)``, the ids in [lo, hi) that a masked word may be replaced with at random
             (UNITER leaves out the first 106 of BERT's cased vocabulary).
-        fingerprint: sha256 (hex) of the tokenizer file, or of the token list.
+        fingerprint: sha256 (hex) of what decides the ids of a text: tokens, merges or scores, and settings such as
+            lower-casing, spelled canonically by the import tools, so that two files of one tokenizer have the same; of
+            a SentencePiece model file; or of the token list alone.
         tokens: all V tokens in the order of their ids.
     """
 
@@ -79,7 +81,7 @@ class Vocabulary(Meta):
             tokens: all tokens; the five special ones are among them.
             random_range: see the class; default: from after the last special token to the end.
             special: token of each special role (``pad``, ``unk``, ``cls``, ``sep``, ``mask``).
-            fingerprint: sha256 of the tokenizer file; default: of the token list.
+            fingerprint: see the class; default: sha256 of the token list.
 
         Raises:
             VlscaleError: a special token is missing, a token repeats, or the range is empty.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,13 @@ if TYPE_CHECKING:
     from vlscale.data.inspection import Stores
     from vlscale.data.plan_figures import PlanFigures
 
-_PLAN_OPTIONS = ("budget", "world", "gas", "global_tokens", "task", "seed", "max_text_tokens", "window_shards", "steps")
+_PLAN_OPTIONS = (
+    "budget", "world", "gas", "global_tokens", "mode", "hidden_size", "task", "seed", "max_text_tokens",
+    "window_shards", "steps",
+)  # fmt: skip
 _VERIFY = ("hashes", "rows")
 _ROW_REGIONS = 100
+_HIDDEN_SIZE = 768
 _WIDTH = 120
 """Columns of the output where it goes to a file or a pipe."""
 
@@ -44,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--world", type=_count, metavar="N", help="number of processes (1)")
     plan.add_argument("--gas", type=_count, metavar="N", help="micro-steps; the global batch is what surely fits (1)")
     plan.add_argument("--global-tokens", type=_count, metavar="N", help="batch.global_batch_tokens; gas is derived")
+    plan.add_argument("--mode", choices=("packed", "padded"), help="batch.mode of the recipe (packed)")
+    plan.add_argument("--hidden-size", type=_count, metavar="H", help="of the model, which decides what is even (768)")
     plan.add_argument("--task", metavar="NAME", help="task of every step (mlm)")
     plan.add_argument("--seed", type=_number, metavar="N", help="seed of the recipe (42)")
     plan.add_argument("--max-text-tokens", type=_count, metavar="N", help="longer texts are left out (60)")
@@ -65,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         found["verify"] = _verify(args)
         if found["verify"]["found"] or found["verify"]["packed"]:
             _put(args, found, show)
+            _tell_what_was_not_done(args, found["verify"])
             return 1 if found["verify"]["found"] else 0
     from vlscale.data.inspection import describe_histogram, facts, length_histograms, open_stores
 
@@ -103,6 +111,10 @@ def _check(args: argparse.Namespace) -> None:
         raise VlscaleError("--plan needs --budget TOKENS, the recipe's batch.micro_batch_tokens, as --budget 10240")
     if args.verify and args.cache is not None:
         raise VlscaleError("--verify and --cache exclude each other: hashes are compared where the store lies")
+    if args.max_regions is not None and args.rows is None and not args.plan:
+        raise VlscaleError("--max-regions has no effect without --rows or --plan; add one of them")
+    if args.mode == "padded" and args.global_tokens is None:
+        raise VlscaleError("--mode padded needs --global-tokens, the recipe's batch.global_batch_tokens")
     if args.gas is not None and args.global_tokens is not None:
         raise VlscaleError("--gas and --global-tokens exclude each other: one follows from the other")
     if args.task is not None:
@@ -115,6 +127,16 @@ def _check(args: argparse.Namespace) -> None:
         from vlscale.report.lengths import check_png
 
         check_png(args.png)
+
+
+def _tell_what_was_not_done(args: argparse.Namespace, verified: dict[str, Any]) -> None:
+    asked = [("--rows", args.rows is not None), ("--plan", args.plan), ("--png", args.png is not None)]
+    missing = [name for name, wanted in asked if wanted]
+    if verified["packed"] and args.verify == "rows":
+        missing.append("--verify rows")
+    if missing:
+        why = "of the damage" if verified["found"] else "shards are compressed; give --cache FOLDER, without --verify"
+        print(f"vlscale inspect: not done because {why}: {', '.join(missing)}", file=sys.stderr)
 
 
 def _put(args: argparse.Namespace, found: dict[str, Any], show: Any) -> None:
@@ -167,11 +189,13 @@ def _figures(args: argparse.Namespace, stores: Stores) -> PlanFigures:
     settings = PlanSettings(
         seed=42 if args.seed is None else args.seed,
         global_batch_tokens=args.global_tokens,
+        mode=args.mode or "packed",
         **{name: value for name, value in asked.items() if value is not None},
     )
     gas = None if args.global_tokens is not None else (args.gas or 1)
     lengths = stores.dataset.lengths
-    return plan_figures(lengths, args.task or "mlm", settings, args.world or 1, gas, args.steps or MOST_STEPS)
+    steps, hidden_size = args.steps or MOST_STEPS, args.hidden_size or _HIDDEN_SIZE
+    return plan_figures(lengths, args.task or "mlm", settings, args.world or 1, gas, steps, hidden_size)
 
 
 def _number(text: str) -> int:

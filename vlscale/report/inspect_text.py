@@ -136,8 +136,12 @@ def _show_plan(plan: Mapping[str, Any], console: Console) -> None:
         ("global batch", f"{plan['global_batch_tokens']:,}", "tokens per step at most"),
         ("texts in a pass", f"{plan['texts']:,}", f"{plan['left_out']:,} left out as too long"),
         ("steps per pass", f"{plan['steps_per_pass']:,.1f}", f"figures below: {part}"),
-        ("fill", f"{plan['fill']:.2%}", "real tokens / (micro-batches x budget)"),
-        ("padding", f"{plan['padding']:.2%}", f"packed; padded to the longest: {plan['padding_if_padded']:.1%}"),
+        ("fill", f"{plan['fill']:.2%}", "what the budget counts / (micro-batches x budget)"),
+        (
+            "padding",
+            f"{plan['padding']:.2%}",
+            f"{plan['mode']}; padded to the longest: {plan['padding_if_padded']:.1%}",
+        ),
         (
             "straggler factor",
             f"{plan['straggler_mean']:.4f}",
@@ -149,6 +153,8 @@ def _show_plan(plan: Mapping[str, Any], console: Console) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    if plan["advice"]:
+        _line(console, plan["advice"])
 
 
 def _show_row(row: Mapping[str, Any], console: Console, shown: set[int]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from vlscale.config import Recipe, resolved
 from vlscale.data.dataset import Dataset
-from vlscale.data.deal import Rule
+from vlscale.data.deal import Rule, fill_advice
 from vlscale.data.loader import Loader, Preparer, Window
 from vlscale.data.plan import Plan, Position, Step
 from vlscale.data.prefetch import Prefetcher, class_tasks
@@ -85,6 +85,7 @@ class Training:
             f"{processes.world_size} processes on {processes.device.type}, {self.precision}, ZeRO stage "
             f"{engine.stage}, {engine.accumulation} micro-batches of at most {self.recipe.batch.micro_batch_tokens} "
             "tokens per step",
+            *filter(None, [fill_advice(plan, processes.world_size)]),
         ]
         for line in lines:
             self.reporter.line(line)
