@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.remotes import counted, open_counting, total_bytes, write_large
+from vlscale.data import reader
 from vlscale.data.cache import ShardCache
 from vlscale.errors import VlscaleError
 
@@ -135,3 +137,39 @@ def test_many_processes_on_one_small_cache_stay_within_it_and_never_see_a_wrong_
         process.join(120)
         assert process.exitcode == 0
     assert failures.empty()
+
+
+def mapped_but_deleted(folder: Path) -> int:
+    """Bytes on disk, less a page a shard, of this process's maps of shards in ``folder`` that are no longer there."""
+    found = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        place, _, _, _, _, *name = line.split(maxsplit=5)
+        if name and name[0].startswith(str(folder)) and name[0].endswith(".mds (deleted)"):
+            begin, end = (int(edge, 16) for edge in place.split("-"))
+            found += end - begin - 4096
+    return found
+
+
+def test_what_the_disk_holds_is_bounded_by_the_limit_though_one_store_idles(tmp_path) -> None:
+    """Live shards and those evicted but mapped; blocks are larger than bytes by less than one page a shard."""
+    root = write_large(tmp_path / "data", 800, 1 << 16, 1 << 14, feature_dim=256)
+    everything = total_bytes(open_counting(root, tmp_path / "other", tmp_path / "unused"))
+    limit = everything // 4
+    cached = open_counting(root, tmp_path / "cache", tmp_path / "log", limit)
+    texts, images = cached.texts.reader, cached.images.reader
+    for number in range(len(texts.index.shards)):
+        texts.shard(number)
+    for number in range(len(images.index.shards)):
+        images.shard(number)
+        live = list(cached.root.glob("*/*.mds"))
+        taken = sum(path.stat().st_blocks * 512 - 4096 for path in live) + mapped_but_deleted(cached.root)
+        assert taken <= limit, (number, taken, limit)
+        assert texts._open_bytes + images._open_bytes <= limit // 2
+    assert not mapped_but_deleted(cached.root)
+    assert len(counted(tmp_path / "log")) >= 40
+    (path,) = [images.files.path(number) for number in list(images._open)[:1]]
+    path.unlink()
+    assert mapped_but_deleted(cached.root)
+    time.sleep(reader.LOOK_S)
+    images.row(len(images) - 1)  # no other shard is mapped for that
+    assert not mapped_but_deleted(cached.root)

@@ -20,6 +20,7 @@ from vlscale.data.deal import accumulation
 from vlscale.data.loader import Loader
 from vlscale.data.plan import Plan, PlanSettings
 from vlscale.data.prefetch import Prefetcher, check_room
+from vlscale.data.remote import CachedFiles
 from vlscale.errors import VlscaleError
 
 SETTINGS = PlanSettings(
@@ -128,6 +129,31 @@ def test_a_failed_prefetch_is_reported_by_the_reader_that_needs_the_shard(tmp_pa
     with pytest.raises(VlscaleError, match=r"shard\.00002\.mds: cannot be fetched"):
         list(itertools.islice(loader, 9))
     assert not threads()
+
+
+def test_a_thread_that_meets_what_it_does_not_know_goes_on_and_says_so_once(tmp_path, monkeypatch, caplog) -> None:
+    root = make_dataset(tmp_path / "data", images=30)
+    cached = open_counting(root, tmp_path / "cache", tmp_path / "log")
+    real, failed = CachedFiles.prefetch, []
+
+    def shaky(files, number, keep=()):
+        if len(failed) < 2:
+            failed.append(number)
+            raise MemoryError("of pages")
+        return real(files, number, keep)
+
+    monkeypatch.setattr(CachedFiles, "prefetch", shaky)
+    plan = Plan([(cached.lengths, {"mlm": 1})], PlanSettings(1, global_batch_examples=10))
+    prefetcher = Prefetcher({"toy": cached}, plan, plan.start(), threads=2)
+    prefetcher.start()
+    assert prefetcher.wait(30)
+    assert len(failed) == 2
+    shards = sum(len(files_of(cached)[store].index.shards) for store in ("texts", "images"))
+    assert len(counted(tmp_path / "log")) == shards - 2
+    assert all(thread.is_alive() for thread in prefetcher._threads[1:])
+    prefetcher.close()
+    (record,) = caplog.records
+    assert "is left to its readers (MemoryError: of pages)" in record.getMessage()
 
 
 def test_threads_end_with_the_loader_however_it_ends(tmp_path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -179,8 +182,6 @@ def test_open_maps_are_bounded_by_bytes_and_the_least_recently_used_go(root, mon
 class Shelf(LocalFiles):
     """Files that may go, and come back, as a cache's do."""
 
-    map_bytes = None
-
     def __init__(self, index, failures=0):
         super().__init__(index)
         self.failures, self.repairs, self.gone = failures, 0, set()
@@ -222,3 +223,110 @@ def test_maps_of_evicted_files_are_closed_when_another_is_opened(root) -> None:
     reader.shard(2)
     assert set(reader._open) == {1, 2}
     assert reader._open_bytes == index.shards[1].bytes + index.shards[2].bytes
+
+
+MANY = """
+import os, resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+import numpy as np
+from vlscale.data.index import read_index
+from vlscale.data.reader import MdsReader, most_open
+readers = [MdsReader(read_index(Path(folder), {"a": "ndarray:int32"}), True) for folder in sys.argv[1:]]
+print(sum(len(reader.index.shards) for reader in readers), most_open())
+draw = np.random.default_rng(0)
+kept = []
+for _ in range(1500):
+    number = int(draw.integers(2))
+    row = int(draw.integers(len(readers[number])))
+    ((view,),) = readers[number].arrays(np.array([row]), ["a"], [1])
+    assert view.tolist() == [number, row]
+    kept = [*kept[-5:], (view, number, row)]
+    assert all(view.tolist() == [number, row] for view, number, row in kept)  # their shards may be closed by now
+    assert sum(len(reader._open) for reader in readers) <= 32
+del readers[0]
+readers[0].row(0)
+del view, kept
+files = [each for each in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{each}")]
+names = [os.readlink(f"/proc/self/fd/{each}") for each in files]
+print(sum(name.endswith(".mds") for name in names) == len(readers[0]._open))
+"""
+
+
+def test_few_open_files_are_enough_for_many_shards_of_several_stores(tmp_path) -> None:
+    for number in range(2):
+        writer = open_writer(tmp_path / str(number), {"a": "ndarray:int32"}, 1)
+        for row in range(150):
+            writer.write({"a": np.array([number, row], np.int32)})
+        writer.finish()
+    code = [sys.executable, "-c", MANY, str(tmp_path / "0"), str(tmp_path / "1")]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["300", "32", "True"], done.stderr
+
+
+def failing_open(monkeypatch, number: int, times: int) -> list[str]:
+    """Let opening a shard fail ``times`` times; returns the paths that failed."""
+    real, failed = os.open, []
+
+    def fail(path, *rest, **more):
+        if str(path).endswith(".mds") and len(failed) < times:
+            failed.append(str(path))
+            raise OSError(number, os.strerror(number))
+        return real(path, *rest, **more)
+
+    monkeypatch.setattr(shard.os, "open", fail)
+    return failed
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [(errno.EMFILE, r"ulimit -n"), (errno.ENOMEM, r"vm\.max_map_count"), (errno.EACCES, r"right to read it")],
+)
+def test_what_fails_on_this_side_is_named_and_leaves_the_file_alone(root, monkeypatch, number, cure) -> None:
+    files = Shelf(open_dataset("a", root).texts.reader.index)
+    failing_open(monkeypatch, number, 10**6)
+    with pytest.raises(VlscaleError, match=rf"shard\.00000\.mds: cannot be opened \(.*\); .*{cure}") as caught:
+        MdsReader(files._index, True, files).row(0)
+    assert files.repairs == 0
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_a_store_without_hashes_is_not_fetched_again(root) -> None:
+    index = json.loads((root / "texts" / "index.json").read_text())
+    index["shards"][0]["raw_data"]["hashes"] = {}
+    (root / "texts" / "index.json").write_text(json.dumps(index))
+    files = Shelf(open_dataset("a", root).texts.reader.index)
+    with pytest.raises(VlscaleError, match="records no xxh64"):
+        MdsReader(files._index, True, files).row(0)
+    assert files.repairs == 0
+
+
+def test_where_no_more_files_can_be_opened_the_older_half_is_closed(root, monkeypatch) -> None:
+    texts, images = open_dataset("a", root).texts.reader, open_dataset("a", root).images.reader
+    monkeypatch.setattr(reader_module, "_readers", reader_module._Readers())
+    texts.shard(0)
+    images.shard(0)
+    images.shard(1)
+    texts.shard(1)
+    failed = failing_open(monkeypatch, errno.EMFILE, 1)
+    texts.shard(2)
+    assert len(failed) == 1
+    assert (set(texts._open), set(images._open)) == ({1, 2}, {1})
+
+
+def test_a_shard_cut_short_while_it_is_mapped_is_named_or_fetched_again(root) -> None:
+    texts = open_dataset("a", root).texts
+    path = root / "texts" / "shard.00000.mds"
+    good = path.read_bytes()
+    path.with_suffix(".good").write_bytes(good)
+    files = Shelf(texts.reader.index)
+    cached = MdsReader(texts.reader.index, True, files)
+    cached.row(0)
+    texts.row(0)
+    os.truncate(path, len(good) - 1)  # of the last page, so that without the check nothing worse than a wrong row comes
+    with pytest.raises(VlscaleError, match=rf"{len(good) - 1} bytes, expected {len(good)} by index\.json; restore"):
+        texts.row(0)
+    assert cached.row(0)["id"] == "text-0"
+    assert files.repairs == 1
+    path.write_bytes(good)
+    assert texts.row(0)["id"] == "text-0"

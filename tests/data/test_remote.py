@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -262,6 +263,92 @@ def test_an_optional_store_that_cannot_be_reached_is_an_error(root, tmp_path, mo
     monkeypatch.setattr(fetch, "_transfer", refuse)
     with pytest.raises(VlscaleError, match=r"classes/index\.json: cannot be fetched"):
         open_counting(root, tmp_path / "cache", tmp_path / "log")
+
+
+def named(name: str, module: str, base: type[Exception] = Exception, **attributes) -> Exception:
+    """An exception of a package that need not be installed."""
+    return type(name, (base,), {"__module__": module, **attributes})("of some text: 404 not found, no such file")
+
+
+def boto(code: str) -> Exception:
+    return named("ClientError", "botocore.exceptions", response={"Error": {"Code": code}})
+
+
+def caused(code: str) -> Exception:
+    error = FileNotFoundError("Object s3://b/o not found")
+    error.__cause__ = boto(code)
+    return error
+
+
+HTTP_404, HTTP_500 = SimpleNamespace(status_code=404), SimpleNamespace(status_code=500)
+ANSWERS = [
+    (FileNotFoundError("Object alipan://b/o not found."), True),
+    (FileNotFoundError(errno.ENOENT, "No such file"), True),  # paramiko
+    (FileNotFoundError(errno.ENOENT, "No such file", "/home/me/.aws/credentials"), False),
+    (boto("404"), True),
+    (boto("NoSuchKey"), True),
+    (boto("403"), False),
+    (boto("NoSuchBucket"), False),
+    (caused("NoSuchKey"), True),
+    (caused("403"), False),
+    (named("ServiceError", "oci.exceptions", status=404, code="ObjectNotFound"), True),
+    (named("ServiceError", "oci.exceptions", status=404, code="NotAuthorizedOrNotFound"), False),
+    (named("NotFound", "google.api_core.exceptions"), True),
+    (named("NotFound", "databricks.sdk.errors.platform"), True),
+    (named("ResourceNotFoundError", "azure.core.exceptions"), True),
+    (named("EntryNotFoundError", "huggingface_hub.errors"), True),
+    (named("LocalEntryNotFoundError", "huggingface_hub.errors", FileNotFoundError), False),
+    (named("RepositoryNotFoundError", "huggingface_hub.errors", response=HTTP_404), False),
+    (named("HTTPError", "requests.exceptions", OSError, response=HTTP_404), True),
+    (named("HTTPError", "requests.exceptions", OSError, response=HTTP_500), False),
+    (ConnectionError("getaddrinfo: host not found"), False),
+    (ValueError("the account does not exist"), False),
+]
+
+
+@pytest.mark.parametrize(("error", "missing"), ANSWERS, ids=lambda value: str(getattr(value, "args", value)))
+def test_only_a_downloaders_own_word_for_it_says_that_a_file_is_missing(error, missing) -> None:
+    assert fetch.is_missing(error, "s3://bucket/data/classes/index.json") is missing
+
+
+@pytest.mark.parametrize(
+    ("answers", "opened"),
+    [
+        ([FileNotFoundError("Object not found")] * 2, True),
+        ([ConnectionError("getaddrinfo: host not found")] * 3, False),
+        ([ConnectionError("reset")] * 2 + [FileNotFoundError("Object not found")], False),
+        ([ConnectionError("reset")] + [FileNotFoundError("Object not found")] * 2, True),
+    ],
+)
+def test_classes_are_absent_only_if_the_remote_says_so_twice(root, tmp_path, monkeypatch, answers, opened) -> None:
+    real, left = fetch._transfer, list(answers)
+
+    def answer(source, target, timeout_s) -> None:
+        if "/classes/" in str(source):
+            raise left.pop(0)
+        real(source, target, timeout_s)
+
+    monkeypatch.setattr(fetch, "_transfer", answer)
+    if opened:
+        assert open_counting(root, tmp_path / "cache", tmp_path / "log").classes is None
+    else:
+        with pytest.raises(VlscaleError, match=r"classes/index\.json: cannot be fetched .* \(3 attempts\)"):
+            open_counting(root, tmp_path / "cache", tmp_path / "log")
+    assert not left
+
+
+def test_a_passing_absence_of_classes_is_not_believed(root, tmp_path, monkeypatch) -> None:
+    real, asked = fetch._transfer, []
+
+    def shaky(source, target, timeout_s) -> None:
+        if "/classes/" in str(source):
+            asked.append(source)
+            if len(asked) == 1:
+                raise FileNotFoundError("Object not found")
+        real(source, target, timeout_s)
+
+    monkeypatch.setattr(fetch, "_transfer", shaky)
+    assert open_counting(root, tmp_path / "cache", tmp_path / "log").classes is not None
 
 
 def test_a_foreign_folder_is_no_cache(root, tmp_path) -> None:

@@ -8,6 +8,8 @@ No process is in charge, and nothing is believed that a killed process may have 
 - Room is made under one lock for the whole cache: the shards used longest ago go first, by their modification time,
   which is set anew at each use. A shard that goes while a process has it mapped stays readable for that process, and
   its bytes on disk are free once the map is closed.
+- So a process that reads closes evicted shards at each map and every half second (:mod:`vlscale.data.reader`). One that
+  reads nothing any more may hold up to half of the limit beside it, all its stores together.
 
 The limit counts shards. Indexes and side files (some bytes per row) come on top. The folder has to be on a file system
 of this node that knows ``flock``.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import stat
 import tempfile
@@ -17,14 +16,20 @@ from urllib.parse import urlsplit
 
 import xxhash
 
-from vlscale.config import is_url
+from vlscale.config_values import is_url
 from vlscale.errors import VlscaleError
 
 _CHUNK = 1 << 22
 _LOOK_S = 0.1
 _PAUSE_S = 0.5
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_MISSING = re.compile(r"\b404\b|NoSuchKey|not ?found|does not exist|no such file", re.IGNORECASE)
+_SURE = 2
+"""Attempts that must find an optional file missing before that is believed."""
+
+_MISSING_CODES = ("404", "NoSuchKey", "ObjectNotFound")
+_MISSING_CLASSES = (("google", "NotFound"), ("databricks", "NotFound"), ("azure", "ResourceNotFoundError"))
+_ELSEWHERE = ("LocalEntryNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError")
+"""Of huggingface_hub: the network is down, or all of the dataset is missing or private. No word on the one file."""
 
 Check = Callable[[Path], "str | None"]
 """Says what is wrong with a fetched file, if anything is."""
@@ -78,22 +83,23 @@ class Fetcher:
             most: bytes after which the file is taken for something else.
             check: see :data:`Check`.
             make_room: called when the disk is full, before the next attempt.
-            optional: a file that is not there is not asked for again.
+            optional: a file that two attempts in a row find missing is not asked for again.
 
         Raises:
             NotThereError: the file does not exist.
             VlscaleError: the attempts are used up; or something is not installed.
         """
-        attempt = 0
+        attempt, missing = 0, 0
         while True:
             try:
                 self._try(source, target, most, check)
                 return
             except _AttemptError as problem:
                 attempt += 1
-                if attempt > self.retries or (optional and problem.missing):
+                missing = missing + 1 if problem.missing else 0
+                if attempt > self.retries or (optional and missing >= _SURE):
                     tried = f" ({attempt} attempts)" if attempt > 1 else ""
-                    kind = NotThereError if problem.missing else VlscaleError
+                    kind = NotThereError if missing >= min(_SURE, attempt) else VlscaleError
                     raise kind(f"{shown(source)}: {shown(source, str(problem))}{tried}; {problem.cure}") from None
                 if problem.full:
                     make_room()
@@ -104,7 +110,7 @@ class Fetcher:
         try:
             folder = Path(tempfile.mkdtemp(prefix=".try-", dir=target.parent))
         except OSError as error:
-            raise _explained(error, target) from None
+            raise _explained(error, source, target) from None
         try:
             fetched = folder / target.name
             self._watch(source, fetched, most)
@@ -117,7 +123,7 @@ class Fetcher:
                     raise _AttemptError(problem, _RESTORE)
                 os.replace(fetched, target)
             except OSError as error:
-                raise _explained(error, target) from None
+                raise _explained(error, source, target) from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -149,7 +155,7 @@ class Fetcher:
                     "check the network, or raise data.download_timeout_s",
                 )
         if failures:
-            raise _explained(failures[0], target) from None
+            raise _explained(failures[0], source, target) from None
 
 
 _RESTORE = "restore the file there, or build the store again"
@@ -167,7 +173,7 @@ def _transfer(source: Path | str, target: Path, timeout_s: float) -> None:
         shutil.copyfileobj(reader, writer, _CHUNK)
 
 
-def _explained(error: BaseException, target: Path) -> Exception:
+def _explained(error: BaseException, source: Path | str, target: Path) -> Exception:
     if isinstance(error, VlscaleError):
         return error
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
@@ -177,12 +183,46 @@ def _explained(error: BaseException, target: Path) -> Exception:
             full=True,
         )
     text = " ".join(str(error).split())[:300]
-    missing = isinstance(error, FileNotFoundError) or bool(_MISSING.search(text))
-    return _AttemptError(
-        f"cannot be fetched ({type(error).__name__}: {text})",
-        "check that it is there and may be read, the credentials and the network",
-        missing=missing,
-    )
+    cure = "check that it is there and may be read, the credentials and the network"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        cure = "raise the limit of open files (ulimit -n)"
+    elif _code(error) == "403":
+        cure += "; without the right to list, S3 answers 403 for what is not there"
+    return _AttemptError(f"cannot be fetched ({type(error).__name__}: {text})", cure, missing=is_missing(error, source))
+
+
+def is_missing(error: BaseException, source: Path | str) -> bool:
+    """Does a downloader say by ``error`` that ``source`` does not exist? Texts are not looked at, they say anything.
+
+    Known are a missing local file, botocore's and OCI's codes, the classes of google, azure and databricks,
+    huggingface_hub's EntryNotFoundError, and an HTTP response of status 404.
+    """
+    if error.__cause__ is not None and _code(error.__cause__):
+        error = error.__cause__  # streaming raises FileNotFoundError for botocore's 403, too
+    kinds = {(kind.__module__.split(".")[0], kind.__name__) for kind in type(error).__mro__}
+    names = {name for _, name in kinds}
+    if names & set(_ELSEWHERE):
+        return False
+    if _code(error):
+        return _code(error) in _MISSING_CODES
+    if isinstance(error, FileNotFoundError):
+        # A named file other than the source is one of this machine: credentials, settings, the target's folder.
+        return error.filename is None or str(error.filename) == str(source)
+    if "EntryNotFoundError" in names or not kinds.isdisjoint(_MISSING_CLASSES):
+        return True
+    return getattr(getattr(error, "response", None), "status_code", None) == 404
+
+
+def _code(error: BaseException) -> str:
+    """The code of botocore's ClientError (``{"Error": {"Code": ..}}``) or of OCI's ServiceError; "" for others."""
+    for kind in type(error).__mro__:
+        if kind.__name__ == "ClientError":
+            response = getattr(error, "response", None)
+            found = response.get("Error", {}) if isinstance(response, dict) else {}
+            return str(found.get("Code", "")) if isinstance(found, dict) else ""
+        if kind.__name__ == "ServiceError":
+            return str(getattr(error, "code", ""))
+    return ""
 
 
 def _folder_bytes(folder: Path) -> int:

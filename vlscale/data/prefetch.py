@@ -4,10 +4,12 @@ One process per node looks ahead: the node's processes share the cache, and the 
 them. Threads of that process walk a second iterator over the same plan, a bounded number of steps and bytes ahead of
 training, and put what the steps need into the cache, in that order. Shards that a coming step needs are never evicted
 for a later one. A fetch that fails here is not an error yet: the reader that needs the shard tries again, and says so.
+What is none of the remote's doing (no memory, a bug) is warned of once, and the shard is left to the reader as well.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Collection, Iterator, Mapping
@@ -22,6 +24,8 @@ from vlscale.data.feed import StepSource, own_plan
 from vlscale.data.plan import Plan, Position, Step
 from vlscale.data.remote import CachedFiles, disk_bytes
 from vlscale.errors import VlscaleError
+
+_log = logging.getLogger(__name__)
 
 Wanted = tuple[str, str, int]
 """(dataset, store, shard)"""
@@ -69,6 +73,7 @@ class Prefetcher:
         self._closed = False
         self._walked = False
         self._busy = 0
+        self._reported = False
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -123,6 +128,8 @@ class Prefetcher:
                     return
         except VlscaleError:
             pass  # training walks the same plan and meets it too
+        except Exception as error:
+            self._report(f"looking ahead ends, shards are fetched when they are needed ({_of(error)})")
         finally:
             with self._changed:
                 self._walked = True
@@ -163,18 +170,38 @@ class Prefetcher:
                     return
                 wanted, _ = self._todo.popitem(last=False)
                 self._busy += 1
-                keep = [self._needs[name].files[store].place(number) for name, store, number in self._uses]
-            name, store, number = wanted
+            fetched = True  # whatever happens, the reader that needs it tries again, and says what is wrong
             try:
-                fetched = self._needs[name].files[store].prefetch(number, keep)
+                fetched = self._fetch(wanted)
             except VlscaleError:
-                fetched = True  # the reader that needs it tries again, and says what is wrong
-            with self._changed:
-                self._busy -= 1
-                if not fetched and wanted in self._uses:
-                    self._todo[wanted] = None
-                    self._changed.wait(1.0)
-                self._changed.notify_all()
+                pass
+            except Exception as error:
+                name, store, number = wanted
+                self._report(f"{name}: {store} shard {number} is left to its readers ({_of(error)})")
+            finally:
+                with self._changed:
+                    self._busy -= 1
+                    if not fetched and wanted in self._uses:
+                        self._todo[wanted] = None
+                        self._changed.wait(1.0)
+                    self._changed.notify_all()
+
+    def _fetch(self, wanted: Wanted) -> bool:
+        """Have a shard in the cache. False: there is no room for it beside those that are needed before."""
+        with self._changed:
+            keep = [self._needs[name].files[store].place(number) for name, store, number in self._uses]
+        name, store, number = wanted
+        return self._needs[name].files[store].prefetch(number, keep)
+
+    def _report(self, problem: str) -> None:
+        with self._changed:
+            first, self._reported = not self._reported, True
+        if first:
+            _log.warning("prefetch: %s; later ones are not reported", problem)
+
+
+def _of(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 class _Needs:

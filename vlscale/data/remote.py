@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,7 @@ from vlscale.config import DataSection
 from vlscale.data.cache import ShardCache
 from vlscale.data.fetch import Fetcher, NotThereError, hash_of, size_and_hash
 from vlscale.data.index import INDEX_NAME, MAX_JSON_BYTES, ShardFile, StoreIndex, read_bytes
+from vlscale.data.shard import TOO_MANY, ShardAccessError
 from vlscale.errors import VlscaleError
 
 META_NAME = "meta.json"
@@ -84,8 +85,13 @@ class CachedFiles:
 
     @property
     def map_bytes(self) -> int | None:
-        """Most bytes that a reader should keep mapped: half of the cache, which holds what a window needs."""
+        """Most bytes that all readers of a process keep mapped: half of the cache, which holds what a window needs."""
         return None if self.cache.limit is None else self.cache.limit // 2
+
+    @property
+    def pool(self) -> Hashable:
+        """The cache's folder: all stores in it share ``map_bytes``."""
+        return self.cache.folder
 
     def place(self, number: int) -> Path:
         """Where shard ``number`` is, or would be."""
@@ -111,6 +117,8 @@ class CachedFiles:
         try:
             return self.cache.get(self.place(number), file.bytes, disk_bytes(file), fetch, keep)
         except OSError as error:
+            if error.errno in TOO_MANY:
+                raise ShardAccessError.of(f"{self.place(number)}: cannot be opened", error) from None
             raise VlscaleError(
                 f"data.cache {self.cache.folder}: {file.basename} cannot be placed there ({error.strerror or error}); "
                 f"free space, or set data.cache to another folder"

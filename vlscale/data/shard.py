@@ -6,10 +6,15 @@ A ragged array is ``uint8 (ndim << 2 | log2(bytes per dimension)) | dimensions |
 
 Byte ranges are resolved for many rows at once, and views into the map are handed out. Nothing in a shard is believed:
 every range is checked against the row, and every row against the file.
+
+A map keeps a descriptor of its file open for as long as there are views into it. Reading a page that a truncation has
+taken away ends the process with SIGBUS, which Python cannot catch; :meth:`Shard.whole` sees it beforehand, unless the
+file shrinks between that look and the read. Evicting a shard unlinks it, which leaves maps as they are.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -29,7 +34,48 @@ from vlscale.errors import VlscaleError
 MAX_CODED_ELEMENTS = 1 << 28
 """Most elements of a coded array that are decoded for people; batches know their sizes from elsewhere."""
 
+TOO_MANY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors of open() and mmap() that go away when other files are closed."""
+
 _REBUILD = "restore the file or build the store again"
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+_CURES = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the system's limit of open files (sysctl fs.file-max)",
+    errno.ENOMEM: "raise the limits of memory and of maps (ulimit -v, sysctl vm.max_map_count), or lower data.workers",
+    errno.EACCES: "give this user the right to read it",
+    errno.EPERM: "give this user the right to read it",
+    errno.EIO: "the disk or the mount fails: look into the system's log",
+}
+
+
+class DamagedShardError(VlscaleError):
+    """The file is not there, or is not what index.json describes; another copy of it would help."""
+
+
+class ShardAccessError(VlscaleError):
+    """This process cannot open or map the file, whatever it holds; another copy of it would not help.
+
+    Attributes:
+        errno: the system's number of the error, 0 if unknown.
+    """
+
+    errno = 0
+
+    @classmethod
+    def of(cls, what: str, error: OSError) -> ShardAccessError:
+        """``what`` cannot be done because of ``error``; the cure follows from its number."""
+        number = error.errno or 0
+        found = cls(f"{what} ({error.strerror or error}); {_CURES.get(number, _REBUILD)}")
+        found.errno = number
+        return found
+
+
+def cannot_open(path: Path, error: OSError) -> VlscaleError:
+    """Return what to raise where a shard cannot be opened: damage if it is not there, otherwise a matter of access."""
+    if error.errno in _MISSING:
+        return DamagedShardError(f"{path}: cannot be opened ({error.strerror}); {_REBUILD}")
+    return ShardAccessError.of(f"{path}: cannot be opened", error)
 
 
 class Shard:
@@ -42,7 +88,9 @@ class Shard:
         verify: compare the file's hash with index.json.
 
     Raises:
-        VlscaleError: size, hash, number of rows or offsets are wrong.
+        DamagedShardError: the file is missing; or its size, hash, number of rows or offsets are wrong.
+        ShardAccessError: it cannot be opened or mapped by this process.
+        VlscaleError: its hash is to be checked, but index.json records none.
     """
 
     def __init__(self, folder: Path, file: ShardFile, columns: Sequence[Column], verify: bool) -> None:
@@ -59,16 +107,26 @@ class Shard:
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:
-            raise VlscaleError(f"{self.path}: cannot be opened ({error.strerror}); {_REBUILD}") from None
+            raise cannot_open(self.path, error) from None
         try:
             size = os.fstat(descriptor).st_size
             if size != file.bytes:
-                raise VlscaleError(f"{self.path}: {size} bytes, expected {file.bytes} by index.json; {_REBUILD}")
-            return np.frombuffer(mmap.mmap(descriptor, size, access=mmap.ACCESS_READ), np.uint8)
-        except (OSError, ValueError) as error:
-            raise VlscaleError(f"{self.path}: cannot be memory-mapped ({error})") from None
+                raise DamagedShardError(f"{self.path}: {size} bytes, expected {file.bytes} by index.json; {_REBUILD}")
+            self._mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+            return np.frombuffer(self._mapped, np.uint8)
+        except OSError as error:
+            raise ShardAccessError.of(f"{self.path}: cannot be memory-mapped", error) from None
+        except ValueError as error:
+            raise VlscaleError(f"{self.path}: cannot be memory-mapped ({error}); {_REBUILD}") from None
         finally:
             os.close(descriptor)
+
+    def whole(self) -> bool:
+        """Has the mapped file still its size? One system call; see the module's text for what it cannot see."""
+        try:
+            return self._mapped.size() == len(self.bytes)
+        except OSError:  # the network mount that it was on has dropped it
+            return False
 
     def _verify(self, file: ShardFile) -> None:
         if file.xxh64 is None:
@@ -78,18 +136,18 @@ class Shard:
             )
         found = xxhash.xxh64_hexdigest(self.bytes.data)
         if found != file.xxh64:
-            raise VlscaleError(
+            raise DamagedShardError(
                 f"{self.path}: damaged: its {HASH} is {found}, expected {file.xxh64} by index.json; {_REBUILD}"
             )
 
     def _read_offsets(self, samples: int) -> NDArray[np.int64]:
         found = int(self.bytes[:4].view("<u4")[0])
         if found != samples:
-            raise VlscaleError(f"{self.path}: holds {found} rows, expected {samples} by index.json; {_REBUILD}")
+            raise DamagedShardError(f"{self.path}: holds {found} rows, expected {samples} by index.json; {_REBUILD}")
         header = 4 * (samples + 2)
         offsets = self.bytes[4:header].view("<u4").astype(np.int64)
         if offsets[0] < header or offsets[-1] != len(self.bytes) or np.any(offsets[1:] <= offsets[:-1]):
-            raise VlscaleError(f"{self.path}: the row offsets do not rise inside the file; {_REBUILD}")
+            raise DamagedShardError(f"{self.path}: the row offsets do not rise inside the file; {_REBUILD}")
         return offsets
 
     def spans(self, rows: NDArray[np.int64], names: Sequence[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
