@@ -16,11 +16,16 @@ from data_tools.build_images import Choice, ImageBuilder, find_repeated
 from data_tools.fingerprint import bytes_of
 from data_tools.merge import load_hashes, merge_stores, publish, refuse_existing, require_complete
 from data_tools.parts import Run, Work
-from data_tools.records import ImageSource
+from data_tools.records import ImageLayout, ImageSource
 from data_tools.report import collect_dropped, folder_bytes, progress_bar, show_report, sum_up, write_report
 from vlscale.data.index import read_meta
 from vlscale.data.schema import ClassesMeta, ImagesMeta, class_columns, image_columns
 from vlscale.errors import VlscaleError
+
+NOTHING_EXCLUDED = (
+    "images were to be left out (--exclude, --exclude-karpathy), but NOT ONE image of the source is among them: are "
+    "the ids spelled otherwise? Evaluation images may be in this store"
+)
 
 
 def import_images(
@@ -55,12 +60,13 @@ def import_images(
     """
     console = console or Console(stderr=True)
     work = Work(run.root, "images")
+    if not work.merged.exists():
+        refuse_existing(run.root / "images")
     source = open_source()
-    layout = source.layout()
+    layout = _layout(work, source, run)
     names = ["images"] if layout.num_classes is None else ["images", "classes"]
     if not work.merged.exists():
-        for name in names:
-            refuse_existing(run.root / name)
+        refuse_existing(run.root / names[-1])
     parts = source.parts()
     manifest = {"vlscale": vlscale.__version__, "build": dict(described), "parts": parts, "layout": asdict(layout)}
     work.begin(manifest)
@@ -76,10 +82,26 @@ def import_images(
         if not work.merged.exists():
             require_complete(work, len(parts))
             _settle_repeated(work, parts, replace(run, merge=False, shard=None), builder, skip, console)
-        publish(work, lambda folder: _fill(work, parts, names, skip, described, folder))
+        publish(work, lambda folder: _fill(work, parts, names, skip, described, bool(excluded), folder))
     show_report(run.root, "images", console)
     report: dict[str, Any] = json.loads((run.root / "report-images.json").read_bytes())
     return report
+
+
+def _layout(work: Work, source: ImageSource, run: Run) -> ImageLayout:
+    """What the images share: as recorded where nothing is read any more, because a source may need a GPU to tell it."""
+    if not run.merge:
+        return source.layout()
+    found = work.recorded()
+    if found is None:
+        raise VlscaleError(
+            f"{work.folder}: nothing is built here yet; give the command with --shard i/n before --merge"
+        )
+    try:
+        names = found["layout"]["class_names"]
+        return ImageLayout(**{**found["layout"], "class_names": None if names is None else tuple(names)})
+    except (KeyError, TypeError) as error:
+        raise VlscaleError(f"{work.manifest}: {error} is not as it was written; remove {work.folder}") from None
 
 
 def _with_excluded(work: Work, choice: Choice, excluded: frozenset[str]) -> Choice:
@@ -145,6 +167,7 @@ def _fill(
     names: Sequence[str],
     skip: bool,
     described: Mapping[str, Any],
+    excluding: bool,
     folder: Path,
 ) -> None:
     """Put stores, report and list of dropped rows together."""
@@ -170,6 +193,8 @@ def _fill(
         **_codec_error([result["codec_error"] for result in results]),
         **{f"bytes_{name}": folder_bytes(folder / name) for name in names},
     }
+    if not total["excluded"] and (excluding or described.get("exclude") or described.get("exclude_karpathy")):
+        report["warning"] = NOTHING_EXCLUDED
     write_report(folder, "images", report)
 
 

@@ -15,7 +15,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from data_tools.exclusion import is_excluded
 from data_tools.records import BadRow, ImageLayout, ImageRecord, ImageSource
+from data_tools.under_way import counted
 from vlscale.data.store_writer import ClassWriter, ImageWriter
 from vlscale.errors import VlscaleError
 
@@ -119,7 +121,7 @@ class ImageBuilder:
             images = stack.enter_context(self._images(folder))
             seen: dict[str, str] = {}
             accepted = 0
-            for record in self.source.read(part):
+            for record in counted(self.source.read(part)):
                 found = record if isinstance(record, BadRow) else self._prepare(record, seen, counts)
                 if found is None:
                     continue
@@ -151,9 +153,10 @@ class ImageBuilder:
         }
 
     def _images(self, folder: Path) -> ImageWriter:
-        codec: dict[str, Any] = {} if self.choice.codec == "none" else {"codec": self.choice.codec}
         dtype: Any = self.choice.feature_dtype or self.layout.feature_dtype
-        return ImageWriter(folder, self.layout.feature_dim, dtype, source=self.source.description, **codec)
+        return ImageWriter(
+            folder, self.layout.feature_dim, dtype, source=self.source.description, codec=self.choice.codec
+        )
 
     def _classes(self, folder: Path) -> ClassWriter:
         dtype: Any = self.layout.class_dtype
@@ -168,7 +171,7 @@ class ImageBuilder:
 
     def _prepare(self, record: ImageRecord, seen: Mapping[str, str], counts: Counts) -> ImageRecord | BadRow | None:
         """Choose the regions and look at what the writers cannot see; None for an excluded image."""
-        if record.id in self.excluded:
+        if is_excluded(record.id, self.excluded):
             counts.excluded += 1
             return None
         if record.id in seen:

@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.build_images import MAX_ID, dropped_line, reason
+from data_tools.exclusion import is_excluded
 from data_tools.image_rows import ImageRows
 from data_tools.records import BadRow, TextRecord, TextSource
 from data_tools.spool import NO_IMAGE, SpooledText, SpoolWriter
+from data_tools.under_way import counted
 from vlscale.data.schema import Vocabulary
 from vlscale.data.store_writer import TextWriter
 from vlscale.errors import VlscaleError
@@ -127,7 +129,7 @@ class TextBuilder:
         with ExitStack() as stack:
             dropped = stack.enter_context((folder / "dropped.jsonl").open("w", encoding="utf-8"))
             write = self._spool(stack, folder) if self.images is not None else self._store(stack, folder)
-            for record in self.source.read(part):
+            for record in counted(self.source.read(part)):
                 found = record if isinstance(record, BadRow) else self._prepare(record, counts)
                 if isinstance(found, SpooledText):
                     write(found)
@@ -152,7 +154,7 @@ class TextBuilder:
 
     def _prepare(self, record: TextRecord, counts: Counts) -> SpooledText | BadRow | None:
         """Tokenize a text and check it; None where its image is excluded."""
-        if not self.excluded.isdisjoint(record.images):
+        if any(is_excluded(image, self.excluded) for image in record.images):
             counts.excluded += 1
             return None
         problem = self._problem(record)

@@ -2,7 +2,7 @@
 
 UNITER takes COCO's validation and test images of Karpathy's split, and every Flickr30k image, out of pre-training: also
 where Visual Genome and COCO hold the same photographs, which their Flickr ids tell. An image is recognised by the
-spellings of its id in public feature sets.
+spellings of its id in public feature sets, whatever folders stand before it (``val2014/COCO_val2014_000000000042``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def excluded_ids(
     """Ids of all images to leave out, in every spelling that is known.
 
     Args:
-        lists: files of image ids, one a line, taken literally.
+        lists: files of image ids, one a line, taken literally; one without folders holds in every folder.
         karpathy: ``dataset_coco.json`` (its images of the splits val and test), ``dataset_flickr30k.json`` (all of its
             images).
         vg: Visual Genome's ``image_data.json``: the source's images are Visual Genome's, of which those are left out
@@ -61,6 +61,14 @@ def excluded_ids(
     for number in flickr_ids:
         found.update(flickr_spellings(number))
     return frozenset(found)
+
+
+def is_excluded(image: str, excluded: frozenset[str]) -> bool:
+    """Whether an image is to be left out: its id, or the last piece of it if it is a path, is among ``excluded``.
+
+    Ids from folders of pictures are paths; a file that is an evaluation image is one in any folder.
+    """
+    return image in excluded or image.rpartition("/")[2] in excluded
 
 
 def coco_spellings(number: int) -> Iterator[str]:

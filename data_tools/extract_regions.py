@@ -26,6 +26,14 @@ EXTRACTORS = {
     "grid": "a ResNet of torchvision: one region per cell of its last map",
 }
 
+NUMBERING = {
+    "bottom_up": "; objects 1..1600 and attributes 1..400 count the lines of the Visual Genome vocabularies from 1 "
+    "(0, background or no attribute, never stands there)",
+    "torchvision": "; objects are the detector's classes, from 1 (0 is the background)",
+    "grid": "",
+}
+"""What ``extra.objects`` and ``extra.attributes`` count; for images/meta.json."""
+
 
 def parser_of(extractor: str) -> OneLineParser:
     """Return the command line of one extractor."""
@@ -39,6 +47,9 @@ def parser_of(extractor: str) -> OneLineParser:
     )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     parser.add_argument("--batch", type=number(1, 1024), default=8, metavar="N", help="pictures at a time (default 8)")
+    parser.add_argument(
+        "--follow-links", action="store_true", help="read linked folders, and links to pictures outside FOLDER"
+    )
     parser.add_argument("--feature-dtype", choices=("float16", "float32"), default="float16", help="default float16")
     parser.add_argument("--codec", choices=("none", "lossless", "uint8"), default="lossless", help="of the features")
     if extractor == "grid":
@@ -111,7 +122,8 @@ def open_regions(options: argparse.Namespace, make: Callable[[], Extractor]) -> 
         batch=options.batch,
         feature_dtype=options.feature_dtype,
         device=options.device,
-        description=f"{EXTRACTORS[options.extractor]}; weights {options.weights.name}",
+        description=f"{EXTRACTORS[options.extractor]}; weights {options.weights.name}{NUMBERING[options.extractor]}",
+        follow_links=options.follow_links,
     )
 
 
@@ -155,6 +167,8 @@ def _check(options: argparse.Namespace) -> None:
         raise VlscaleError(f"--min-regions {options.min_regions} is more than --max-regions {options.max_regions}")
     if options.extractor != "grid" and options.boxes is None and options.box_format != "xyxy":
         raise VlscaleError("--box-format says how --boxes are written; give both")
+    if options.merge:
+        return  # no network is built: any machine may merge what GPUs have extracted
     try:
         device = torch.device(options.device)
         torch.empty(0, device=device)

@@ -19,23 +19,34 @@ _MOST_EDGES = 64
 _NOT_SOURCE = {"lock.mdb"}
 """LMDB rewrites its lock file whenever somebody opens the database."""
 
-NOT_PART_OF_RESULT = frozenset({"out", "workers", "shard", "merge", "on_error"})
-"""Options that change how a build runs, not what comes out. ``on_error`` may turn to ``skip`` after a bad row."""
+NOT_PART_OF_RESULT = frozenset({"out", "workers", "shard", "merge", "on_error", "device", "batch"})
+"""Options that change how a build runs, not what comes out. ``on_error`` may turn to ``skip`` after a bad row; shares
+of one extraction run on different devices, whose results differ by rounding alone."""
 
 
 def describe_options(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options as JSON types; files and folders are replaced by what tells them apart: sizes and digests.
 
     Raises:
-        VlscaleError: a file cannot be read.
+        VlscaleError: a file is missing or cannot be read.
     """
     kept = {name: value for name, value in vars(options).items() if name not in NOT_PART_OF_RESULT}
+    for name, value in kept.items():
+        _require_files(name, value)
     return {name: _describe(kept[name]) for name in sorted(kept)}
+
+
+def _require_files(name: str, value: Any) -> None:
+    """Raise for a mistyped name now, before hours of reading, or a network that is built, lead to it."""
+    for path in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(path, Path) and not path.exists():
+            option = "" if name == "sources" else f"--{name.replace('_', '-')} "
+            raise VlscaleError(f"{option}{path}: no such file or folder; is the name mistyped?")
 
 
 def _describe(value: Any) -> Any:
     if isinstance(value, Path):
-        return describe_path(value) if value.exists() else str(value)
+        return describe_path(value)
     if isinstance(value, (list, tuple)):
         return [_describe(item) for item in value]
     return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.parts import Work
-from vlscale.data.index import INDEX_NAME, read_array, read_bytes, read_index
+from vlscale.data.index import INDEX_NAME, read_array, read_bytes, read_index, record_side_files
 from vlscale.errors import VlscaleError
 
 _LAST = ("classes", "images", "texts")
@@ -59,6 +59,7 @@ def merge_stores(folders: Sequence[Path], columns: Mapping[str, str], target: Pa
             np.save(target / "image_ptr.npy", np.zeros(rows + 1, "<i8"), allow_pickle=False)
     with (target / INDEX_NAME).open("w", encoding="utf-8") as file:
         json.dump({"version": 2, "shards": shards}, file, sort_keys=True)
+    record_side_files(target)
 
 
 def _require_same(one: Path, other: Path) -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_tools.fingerprint import first_difference
+from data_tools.under_way import count_in, shared_counts
 from vlscale.errors import VlscaleError
 
 LOCK_SECONDS = 10.0
@@ -209,18 +210,36 @@ class Work:
             for number in missing:
                 done(number, self.build(number, parts[number], builder))
             return
-        context = multiprocessing.get_context("spawn")
-        setup = (self, builder, os.getpid())
-        with ProcessPoolExecutor(min(workers, len(missing)), context, _begin_worker, setup) as pool:
-            try:
-                _drain(pool, missing, parts, done)
-            except BrokenProcessPool:
-                raise VlscaleError(
-                    f"{self.folder}: a worker process was killed, perhaps for memory; give the same command again, "
-                    f"with fewer --workers"
-                ) from None
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        with worker_pool(min(workers, len(missing)), str(self.folder), _begin_worker, self, builder) as pool:
+            _drain(pool, missing, parts, done)
+
+
+@contextmanager
+def worker_pool(
+    workers: int, where: str, begin: Callable[..., None] | None = None, *arguments: Any
+) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with this one, also when it is killed; what still waits when the block ends is cancelled.
+
+    Args:
+        workers: how many.
+        where: beginning of the error.
+        begin: called with ``arguments`` in each process first.
+
+    Raises:
+        VlscaleError: a process has died.
+    """
+    context = multiprocessing.get_context("spawn")
+    setup = (os.getpid(), shared_counts(), begin, arguments)
+    with ProcessPoolExecutor(workers, context, _begin_process, setup) as pool:
+        try:
+            yield pool
+        except BrokenProcessPool:
+            raise VlscaleError(
+                f"{where}: a worker process was killed, perhaps for memory; give the same command again, with fewer "
+                f"--workers"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _drain(
@@ -245,9 +264,15 @@ _worker: dict[str, Any] = {}
 """The build that a worker process works on; opened sources are kept from part to part."""
 
 
-def _begin_worker(work: Work, builder: PartBuilder, parent: int) -> None:
+def _begin_worker(work: Work, builder: PartBuilder) -> None:
     _worker.update(work=work, builder=builder)
+
+
+def _begin_process(parent: int, counts: Any, begin: Callable[..., None] | None, arguments: Sequence[Any]) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    count_in(counts)
+    if begin is not None:
+        begin(*arguments)
 
 
 def _end_with(parent: int) -> None:

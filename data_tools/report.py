@@ -11,14 +11,32 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from data_tools.parts import Work
 from data_tools.records import BadRow
+from data_tools.under_way import rows_under_way
 from vlscale.errors import VlscaleError
 
 _BINS = (1, 10, 20, 36, 50, 100, 1024)
+
+
+class _Rows(ProgressColumn):
+    """Rows of finished parts and, as they are read, of the others."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.fields['rows'] + rows_under_way():,} rows")
 
 
 @contextmanager
@@ -28,7 +46,7 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[
         TextColumn("{task.description:<16}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rows]:,} rows"),
+        _Rows(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
@@ -93,6 +111,8 @@ def show_report(root: Path, kind: str, console: Console) -> None:
     table.add_column("what")
     table.add_column("how many", justify="right")
     for name, value in report.items():
+        if name == "warning":  # stands below the table, where it is seen
+            continue
         if isinstance(value, bool) or not isinstance(value, (int, float, dict)):
             table.add_row(name, str(value))
         elif isinstance(value, dict):
@@ -105,6 +125,8 @@ def show_report(root: Path, kind: str, console: Console) -> None:
     dropped = sum(report.get("dropped", {}).values())
     if dropped:
         console.print(f"{dropped:,} rows were left out; {root / f'dropped-{kind}.jsonl'} lists them")
+    if "warning" in report:
+        console.print(f"WARNING: {report['warning']}", style="bold red", highlight=False, markup=False, soft_wrap=True)
 
 
 def _number(value: Any) -> str:

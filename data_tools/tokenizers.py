@@ -61,7 +61,7 @@ class FastTokenizer:
         tokens = sorted(vocab, key=vocab.__getitem__)
         if [vocab[token] for token in tokens] != list(range(len(tokens))):
             raise VlscaleError(f"{where}: token ids are not 0..{len(tokens) - 1} without gaps; use the published file")
-        self.vocabulary = vocabulary_of(tokens, text.encode("utf-8"), where)
+        self.vocabulary = vocabulary_of(tokens, canonical(tokenizer, tokens), where)
         self._needs_space = _drops_word_starts(tokenizer)
 
     def encode(self, text: str) -> list[int]:
@@ -115,7 +115,7 @@ class PieceTokenizer:
         except (RuntimeError, OSError, ValueError, TypeError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise VlscaleError(f"{where}: cannot be read as a SentencePiece model ({reason})") from None
-        self.vocabulary = vocabulary_of(tokens, model, where)
+        self.vocabulary = vocabulary_of(tokens, model, where)  # a file that no library ever writes anew
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens."""
@@ -176,6 +176,56 @@ def _assembler(file: Path) -> Callable[[Path], Tokenizer] | None:
     return _wordpiece if file.suffix == ".txt" else None
 
 
+_DECIDE_IDS = (
+    *("type", "lowercase", "strip_accents", "clean_text", "handle_chinese_chars", "add_prefix_space", "use_regex"),
+    *("pattern", "Regex", "String", "content", "behavior", "invert", "normalizers", "pretokenizers", "prepend"),
+    *("replacement", "prepend_scheme", "split", "individual_digits", "strip_left", "strip_right", "left", "right"),
+    *("precompiled_charsmap", "delimiter", "unk_token", "unk_id", "continuing_subword_prefix", "end_of_word_suffix"),
+    *("max_input_chars_per_word", "fuse_unk", "byte_fallback", "ignore_merges"),
+)
+"""Settings of normalizers, pre-tokenizers and models that change the ids of a text. A fixed list: what a later release
+of the library writes besides must not change the fingerprint."""
+
+
+def canonical(tokenizer: Tokenizer, tokens: Sequence[str]) -> bytes:
+    """Spell out what decides the ids of a text, the same for every file and release that gives the same ids.
+
+    That is the tokens in the order of their ids, the model's type, merges or scores, and the settings of model,
+    normalizer and pre-tokenizer; not the file's layout, decoder, templates, truncation or padding.
+
+    Args:
+        tokenizer: the tokenizer.
+        tokens: in the order of their ids.
+    """
+    told = json.loads(tokenizer.to_str(pretty=False))
+    model = told["model"]
+    merges = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model.get("merges") or []]
+    scores = [score for _, score in model["vocab"]] if isinstance(model["vocab"], list) else []
+    own = {token for token, _ in model["vocab"]} if scores else set(model["vocab"])
+    facts = {
+        "tokens": list(tokens),
+        "added": sorted(each["content"] for each in told.get("added_tokens") or [] if each["content"] not in own),
+        "merges": merges,
+        "scores": scores,
+        "model": _settings(model),
+        "normalizer": _settings(told.get("normalizer")),
+        "pre_tokenizer": _settings(told.get("pre_tokenizer")),
+    }
+    return json.dumps(facts, sort_keys=True).encode()
+
+
+def _settings(value: Any) -> Any:
+    """The settings of :data:`_DECIDE_IDS` that are on; off, empty and left out are the same."""
+    if isinstance(value, list):
+        return [_settings(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if value.get("type") == "BertNormalizer" and value.get("strip_accents") is None:
+        value = {**value, "strip_accents": value.get("lowercase")}  # which is what the library does then
+    found = {key: _settings(value[key]) for key in _DECIDE_IDS if key in value}
+    return {key: each for key, each in found.items() if each is not None and each is not False and each != ""}
+
+
 def vocabulary_of(tokens: Sequence[str], content: bytes, where: str) -> Vocabulary:
     """Describe a token list: special roles by their usual names, and the ids that a random word may have.
 
@@ -184,7 +234,7 @@ def vocabulary_of(tokens: Sequence[str], content: bytes, where: str) -> Vocabula
 
     Args:
         tokens: in the order of their ids.
-        content: of the tokenizer's file; its sha256 is the fingerprint.
+        content: what decides the ids of a text, spelled canonically; its sha256 is the fingerprint.
         where: the file, for errors.
 
     Raises:

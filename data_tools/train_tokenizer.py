@@ -28,6 +28,8 @@ from vlscale.errors import VlscaleError, one_line_errors
 
 KINDS = ("wordpiece", "bpe", "sentencepiece")
 ROBERTA = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+LEAST = {"wordpiece": 16, "bpe": len(ROBERTA) + 256, "sentencepiece": 16}
+"""Smallest vocabularies; the trainers of the library would silently give larger ones."""
 MAX_TRAINING_LINE = 1 << 20
 
 
@@ -128,6 +130,12 @@ def train(options: argparse.Namespace) -> AnyTokenizer:
     Raises:
         VlscaleError: the texts cannot be read, are too few, or the file exists.
     """
+    least = LEAST[options.kind]
+    if options.vocab_size < least:
+        raise VlscaleError(
+            f"--vocab-size {options.vocab_size}: a {options.kind} vocabulary has at least {least} (its special tokens "
+            f"and alphabet); give more"
+        )
     name = "tokenizer.model" if options.kind == "sentencepiece" else "tokenizer.json"
     path = options.out / name
     if path.exists():
@@ -135,6 +143,11 @@ def train(options: argparse.Namespace) -> AnyTokenizer:
     texts = training_texts(options.sources, options.field)
     if options.kind == "wordpiece":
         content = train_wordpiece(texts, options.vocab_size, options.lowercase, options.min_frequency).encode("utf-8")
+        found = len(json.loads(content)["model"]["vocab"])  # the trainer keeps every letter of the texts
+        if found > options.vocab_size:
+            raise VlscaleError(
+                f"--vocab-size {options.vocab_size}: special tokens and letters of these texts are {found}; give more"
+            )
     elif options.kind == "bpe":
         content = train_bpe(texts, options.vocab_size, options.min_frequency).encode("utf-8")
     else:

@@ -89,6 +89,9 @@ def run(arguments: Sequence[str], console: Console | None = None) -> int:
     console = console or Console(stderr=True)
     options = parse(arguments)
     names = ImageNames(options.image_id, FIELDS)
+    missing = next((path for path in options.sources if not path.is_file()), None)
+    if missing is not None:  # before hours of unpacking lead to it
+        raise VlscaleError(f"{missing}: no such file; is the name mistyped?")
     total, dropped = 0, list[BadRow]()
     with progress_bar(console, "pictures", len(options.sources)) as advance:
         for path in options.sources:

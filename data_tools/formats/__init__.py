@@ -42,7 +42,6 @@ FORMATS: dict[str, str] = {
         "uniter_images",
         "uniter_texts",
         "vilbert_captions",
-        "vilbert_captions",
         "vilbert_lmdb",
         "vinvl_tsv",
         "visual_genome",

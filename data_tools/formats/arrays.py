@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import argparse
 import binascii
-import io
 import math
 import re
-import zipfile
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,16 +32,20 @@ MAX_TEXT = 1 << 20
 MAX_ID = 512
 """Characters of an id."""
 MAX_ARRAY_BYTES = 256 << 20
-"""Bytes that the arrays of one compressed record may unpack to."""
+"""Bytes that the arrays of one record may unpack to."""
 PIXEL_SLACK = 0.5
 """Boxes may leave the image by half a pixel (rounding of coordinates); they are then cut to it."""
 FRACTION_SLACK = 2e-3
 """The same for boxes that are stored as fractions of the image, also in float16."""
 
 _WHOLE = re.compile("-?[0-9]{1,19}")
-_DTYPES = {
-    np.dtype(name) for name in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "bool")
-}  # fixed sizes, this machine's byte order, no objects
+DTYPES = {
+    spelled: dtype
+    for dtype in map(np.dtype, ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "bool"))
+    for spelled in {dtype.str, dtype.str[1:]}
+}
+"""Plain numbers in this machine's byte order, as numpy and its pickles spell them. Numpy is not asked: it reads much
+more than a dtype out of a text."""
 
 
 class FieldError(Exception):
@@ -67,7 +68,10 @@ class FieldError(Exception):
 
 def show(value: object, limit: int = 40) -> str:
     """Return the beginning of a value for an error message, on one line."""
-    text = repr(value if not isinstance(value, (bytes, str)) else value[: limit + 1])
+    try:
+        text = repr(value if not isinstance(value, (bytes, str)) else value[: limit + 1])
+    except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists in lists
+        return f"a {type(value).__name__}"
     return text if len(text) <= limit + 3 else text[:limit] + "..."
 
 
@@ -81,7 +85,7 @@ def whole_number(field: str, value: Any, low: int = 0, high: int = (1 << 31) - 1
             raise FieldError(field, f"{show(value)} is not a whole number")
         found = int(text)
     elif isinstance(value, (int, float, np.integer, np.floating)) and _is_whole(value):
-        found = int(value)
+        found = _short(field, int(value))
     else:
         raise FieldError(field, f"{show(value)} is not a whole number")
     if not low <= found <= high:
@@ -89,8 +93,17 @@ def whole_number(field: str, value: Any, low: int = 0, high: int = (1 << 31) - 1
     return found
 
 
+def _short(field: str, number: int) -> int:
+    """Refuse numbers so large that Python would not even spell them out in the error."""
+    if number.bit_length() > 64:
+        raise FieldError(field, f"is a number of {number.bit_length()} bits, which lies outside any range")
+    return number
+
+
 def _is_whole(value: Any) -> bool:
-    return not isinstance(value, bool) and math.isfinite(value) and value == int(value)
+    if isinstance(value, (int, np.integer)):  # an int may be too large for the float that isfinite() makes of it
+        return not isinstance(value, bool)
+    return math.isfinite(value) and value == int(value)
 
 
 def image_size(field: str, value: Any) -> int:
@@ -106,7 +119,7 @@ def region_count(field: str, value: Any) -> int:
 def word(field: str, value: Any, limit: int = MAX_ID) -> str:
     """Read a name (str, UTF-8 bytes, or an integer as such) of 1..``limit`` printable characters."""
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return str(int(value))
+        return str(_short(field, int(value)))
     text = sentence(field, value, 4 * limit).strip()
     if not 1 <= len(text) <= limit or not text.isprintable():
         raise FieldError(field, f"{show(text)} is not a name of 1..{limit} printable characters")
@@ -203,7 +216,7 @@ def typed(field: str, array: Any, dtypes: Sequence[str], shape: Sequence[int | N
 
 def finite(field: str, array: NDArray[Any]) -> NDArray[Any]:
     """Refuse NaN and infinite values; return the array."""
-    if not np.isfinite(array).all():
+    if not _all_finite(array):
         place = np.unravel_index(int(np.argmin(np.isfinite(array))), array.shape)
         raise FieldError(field, f"has {array[place]} at {[int(index) for index in place]}")
     return array
@@ -211,22 +224,31 @@ def finite(field: str, array: NDArray[Any]) -> NDArray[Any]:
 
 def from_description(field: str, dtype: Any, shape: Any, data: Any) -> NDArray[Any]:
     """Build an array from its spelled parts: dtype string (``"<f4"``), shape (list of integers) and raw bytes."""
-    name = dtype.decode("latin-1") if isinstance(dtype, bytes) else dtype
-    if not isinstance(name, str) or len(name) > 8:
-        raise FieldError(field, f"has the dtype {show(dtype)}, expected a plain number type")
-    try:
-        kind = np.dtype(name)
-    except (TypeError, ValueError):
-        kind = np.dtype(object)
-    if kind not in _DTYPES or not kind.isnative:
-        raise FieldError(field, f"has the dtype {show(name)}, expected a plain number type")
+    kind = plain_dtype(field, dtype.decode("latin-1") if isinstance(dtype, bytes) else dtype)
     if not isinstance(shape, (list, tuple)) or len(shape) > 4:
         raise FieldError(field, f"has the shape {show(shape)}")
     sizes = [whole_number(f"{field}.shape", size, 0, 1 << 31) for size in shape]
     if not isinstance(data, (bytes, bytearray, memoryview)) or len(data) != kind.itemsize * math.prod(sizes):
         found = len(data) if isinstance(data, (bytes, bytearray, memoryview)) else "no"
-        raise FieldError(field, f"has {found} bytes, expected {kind.itemsize * math.prod(sizes)} for {name} {sizes}")
+        raise FieldError(field, f"has {found} bytes, expected {kind.itemsize * math.prod(sizes)} for {kind} {sizes}")
     return np.frombuffer(data, kind).reshape(sizes)
+
+
+def _all_finite(array: NDArray[Any]) -> bool:
+    """Look at float16's bits, ten times as fast as :func:`numpy.isfinite` (11 instead of 110 us for 36 x 2048):
+    without the sign, those of finite numbers are below those of infinity."""
+    if array.dtype != np.float16 or not array.flags.c_contiguous or not array.size:
+        return bool(np.isfinite(array).all())
+    bits = array.view(np.uint16)
+    return bool(bits.max() < 0x7C00 or (bits & np.uint16(0x7FFF)).max() < 0x7C00)
+
+
+def plain_dtype(field: str, spelled: object) -> np.dtype[Any]:
+    """Return the dtype that a file spells, which must be one of plain numbers (:data:`DTYPES`)."""
+    found = DTYPES.get(spelled) if isinstance(spelled, str) else None
+    if found is None:
+        raise FieldError(field, f"has the dtype {show(spelled)}, expected a plain number type")
+    return found
 
 
 def unpack_msgpack(field: str, blob: bytes, max_items: int = 1 << 16) -> Any:
@@ -265,58 +287,6 @@ def from_msgpack(field: str, value: Any) -> Any:
     shape = value.get(b"shape") if value[b"nd"] is True else []
     array = from_description(field, value.get(b"type"), shape, value.get(b"data"))
     return array if value[b"nd"] is True else array[()]
-
-
-def load_npz(
-    field: str, blob: bytes, names: Iterable[str] | None = None, max_bytes: int = MAX_ARRAY_BYTES
-) -> dict[str, NDArray[Any]]:
-    """Read the arrays of an npz file in memory.
-
-    Args:
-        field: name for errors.
-        blob: the file's bytes.
-        names: arrays to read, of which any may be missing; default: all.
-        max_bytes: what all of them may unpack to.
-    """
-    wanted = None if names is None else set(names)
-    arrays: dict[str, NDArray[Any]] = {}
-    try:
-        with zipfile.ZipFile(io.BytesIO(blob)) as archive:
-            members = archive.infolist()
-            if len(members) > 64:
-                raise FieldError(field, f"is an npz of {len(members)} members, at most 64 are allowed")
-            for member in members:
-                name = member.filename.removesuffix(".npy")
-                if wanted is not None and name not in wanted:
-                    continue
-                if name in arrays or member.flag_bits & 1:
-                    raise FieldError(field, f"{show(name)} stands twice in the npz, or is encrypted")
-                max_bytes -= member.file_size
-                if max_bytes < 0:
-                    raise FieldError(field, f"unpacks to more than is allowed for one record, at {show(name)}")
-                arrays[name] = _read_npy(f"{field}.{name}", archive.read(member))
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, ValueError) as error:
-        raise FieldError(field, f"is not an intact npz file ({error})") from None
-    return arrays
-
-
-def _read_npy(field: str, blob: bytes) -> NDArray[Any]:
-    """Parse an npy file whose header is believed only as far as the bytes behind it go."""
-    stream = io.BytesIO(blob)
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _fortran, dtype = read(stream)
-        if dtype.hasobject or dtype not in _DTYPES or not dtype.isnative:
-            raise FieldError(field, f"has the dtype {show(str(dtype))}, expected a plain number type")
-        expected = dtype.itemsize * math.prod(shape)
-        if len(blob) - stream.tell() != expected:
-            raise FieldError(field, f"has {len(blob) - stream.tell()} bytes, expected {expected} for {dtype} {shape}")
-        stream.seek(0)
-        array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
-    except (ValueError, SyntaxError, TypeError, OverflowError) as error:
-        raise FieldError(field, f"is not an npy array ({error})") from None
-    return array
 
 
 @dataclass(frozen=True)

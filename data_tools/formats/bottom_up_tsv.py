@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.formats.arrays import BoxRule, FieldError, add_box_arguments, box_rule, word
+from data_tools.formats.arrays import BoxRule, FieldError, add_box_arguments, box_rule, show, word
 from data_tools.formats.delimited import LineImages, add_width_argument, name_fields, probabilities, regions, split
 from data_tools.formats.lines import Line
 from data_tools.records import ImageRecord
@@ -49,6 +49,9 @@ class BottomUpTsv(LineImages):
         self, paths: Sequence[Path], rule: BoxRule, *args: Any, columns: Sequence[str] | None = None, **options: Any
     ) -> None:
         super().__init__(paths, rule, *args, **options)
+        repeated = sorted({name for name in columns or () if name != "_" and (columns or ()).count(name) > 1})
+        if repeated:
+            raise VlscaleError(f"--columns: {', '.join(repeated)} stands twice; name each column once, others _")
         unknown = [name for name in columns or () if name not in (*_COLUMNS, "_")]
         missing = [name for name in _COLUMNS[:-1] if name not in (columns or _COLUMNS)]
         if unknown or missing:
@@ -61,7 +64,11 @@ class BottomUpTsv(LineImages):
             return False
         names = tuple(name.decode("latin-1") for name in split(line, b"\t"))
         if self.columns is None and self._layout is None and set(_COLUMNS[:-1]) <= set(names):
-            self.columns = tuple(name if name in _COLUMNS else "_" for name in names)
+            columns = tuple(name if name in _COLUMNS else "_" for name in names)
+            known = [name for name in columns if name != "_"]
+            if len(set(known)) < len(known):
+                raise FieldError("", f"is a heading that names a column twice: {show(', '.join(known), 120)}")
+            self.columns = columns
         return True
 
     def parse(self, line: Line, dim: int | None, classes: int | None) -> ImageRecord:

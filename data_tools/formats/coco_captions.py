@@ -57,7 +57,7 @@ class CocoCaptions:
             if key != "annotations":
                 continue
             found = True
-            where = f"{path.name}: annotations[{index}]"
+            where = f"{path}: annotations[{index}]"
             try:
                 yield self._text(where, path, mapping("", element), files)
             except FieldError as error:
@@ -82,4 +82,4 @@ def _files(path: Path) -> Iterator[tuple[str, str]]:
                 row = mapping("", element)
                 yield word("id", member(row, "id")), word("file_name", member(row, "file_name"))
             except FieldError as error:
-                raise VlscaleError(str(error.at(f"{path.name}: images[{index}]"))) from None
+                raise VlscaleError(str(error.at(f"{path}: images[{index}]"))) from None

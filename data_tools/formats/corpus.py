@@ -11,12 +11,10 @@ import argparse
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -25,12 +23,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 
 from data_tools.fingerprint import describe_options
 from data_tools.options import number
 from data_tools.packing_texts import PACKINGS, DocumentHash, Packer, Piece
+from data_tools.parts import worker_pool
 from data_tools.records import BadRow, TextRecord
+from data_tools.report import progress_bar
 from data_tools.tokenizers import load_tokenizer
+from data_tools.under_way import counted
 from vlscale.errors import VlscaleError
 
 PART_BYTES = 64 << 20
@@ -144,7 +146,7 @@ class Corpus:
         """uint64 [n], a hash of each document of a part."""
         found: list[int] = []
         state: DocumentHash | None = None
-        for piece in self.pieces(part):
+        for piece in counted(self.pieces(part)):
             if isinstance(piece, BadRow):
                 continue
             if state is None or piece.begins:
@@ -167,15 +169,26 @@ class Corpus:
             ) from None
         return found
 
-    def _find_repeated(self, parts: Sequence[Mapping[str, Any]], target: Path) -> None:
-        """Write int64 [n, 2], part and place in it of each document that an earlier one equals."""
+    def _hashes_of(self, parts: Sequence[Mapping[str, Any]]) -> Iterator[NDArray[np.uint64]]:
+        """Yield the hashes of each part, in their order.
+
+        Raises:
+            VlscaleError: the source is damaged, or a worker process has died.
+        """
         reopen, workers = self.packing.reopen, min(self.packing.workers, len(parts))
         if reopen is None or workers < 2:
-            hashes = [self.hashes(part) for part in parts]
-        else:
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers, context) as pool:
-                hashes = list(pool.map(_hashes, [reopen] * len(parts), parts))
+            yield from map(self.hashes, parts)
+            return
+        with worker_pool(workers, f"{self.paths[0]}: --dedup", _open, reopen) as pool:
+            yield from pool.map(_hashes, parts)
+
+    def _find_repeated(self, parts: Sequence[Mapping[str, Any]], target: Path) -> None:
+        """Write int64 [n, 2], part and place in it of each document that an earlier one equals."""
+        hashes: list[NDArray[np.uint64]] = []
+        with progress_bar(Console(stderr=True), "--dedup: pieces", len(parts)) as advance:
+            for found in self._hashes_of(parts):
+                hashes.append(found)
+                advance(1, len(found))
         every = np.concatenate([np.empty(0, np.uint64), *hashes])
         order = np.argsort(every, kind="stable")
         again = np.zeros(len(every), np.bool_)
@@ -190,8 +203,16 @@ class Corpus:
         print(f"--dedup: {len(places)} of {len(every)} documents repeat earlier ones", file=sys.stderr, flush=True)
 
 
-def _hashes(reopen: Callable[[], Corpus], part: Mapping[str, Any]) -> NDArray[np.uint64]:
-    return reopen().hashes(part)
+_worker: dict[str, Corpus] = {}
+"""The corpus that a worker process reads."""
+
+
+def _open(reopen: Callable[[], Corpus]) -> None:
+    _worker["corpus"] = reopen()
+
+
+def _hashes(part: Mapping[str, Any]) -> NDArray[np.uint64]:
+    return _worker["corpus"].hashes(part)
 
 
 def _without(pieces: Iterator[Piece | BadRow], repeated: NDArray[np.int64]) -> Iterator[Piece | BadRow]:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.formats.arrays import BoxRule, FieldError, finite, from_base64, image_size, region_count
+from data_tools.formats.arrays import MAX_WIDTH, BoxRule, FieldError, finite, from_base64, image_size, region_count
 from data_tools.formats.lines import PART_BYTES, Line, line_parts, read_lines
+from data_tools.options import number
 from data_tools.records import BadRow, ImageLayout, ImageRecord
 from vlscale.errors import VlscaleError
 
@@ -24,7 +25,10 @@ PROBE = 16
 def add_width_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--feature-dim``."""
     parser.add_argument(
-        "--feature-dim", type=int, help=f"width D of the features (default: the commonest of the first {PROBE} rows)"
+        "--feature-dim",
+        type=number(1, MAX_WIDTH),
+        metavar="D",
+        help=f"width D of the features (default: the commonest of the first {PROBE} rows)",
     )
 
 
@@ -112,8 +116,8 @@ class LineImages:
 
 
 def _first_lines(paths: Sequence[Path], count: int) -> Iterator[Line | BadRow]:
-    for number in range(len(paths)):
-        for line in read_lines(paths, {"file": number, "begin": 0, "end": None}):
+    for file in range(len(paths)):
+        for line in read_lines(paths, {"file": file, "begin": 0, "end": None}):
             yield line
             count -= 1
             if not count:

@@ -32,13 +32,13 @@ from data_tools.formats.arrays import (
     box_rule,
     finite,
     image_size,
-    load_npz,
     typed,
     word,
 )
 from data_tools.formats.captions import ImageNames, add_image_id_argument, mapping, member, stem
 from data_tools.formats.json_stream import read_elements
 from data_tools.formats.lines import file_size, line_parts, read_lines
+from data_tools.formats.npz import load_npz
 from data_tools.formats.numbered_lines import MAX_ROW
 from data_tools.records import BadRow, ImageLayout, ImageRecord
 from vlscale.errors import VlscaleError
@@ -110,7 +110,7 @@ class ImageOnly:
                     raise FieldError("id", f"is listed, but there is no {name}.npz")
                 yield self._record(name, path)
             except FieldError as error:
-                yield error.at(name if path is None else f"{path.name}: image {name!r}")
+                yield error.at(name if path is None else f"{path}: image {name!r}")
 
     @cached_property
     def _files(self) -> list[tuple[str, Path | None]]:
@@ -149,7 +149,7 @@ class ImageOnly:
         if any(each in arrays for each in _NAMES["class_probs"]):
             field, probs = _pick(arrays, "class_probs", path)
             probs = finite(field, typed(field, probs, _FLOATS, (rows, None)))
-        return ImageRecord(f"{path.name}: image {name!r}", name, width, height, features, boxes, conf, probs)
+        return ImageRecord(f"{path}: image {name!r}", name, width, height, features, boxes, conf, probs)
 
     def _boxes(self, arrays: Mapping[str, NDArray[Any]], rows: int, path: Path) -> tuple[int, int, NDArray[np.float32]]:
         if "norm_bb" in arrays:
@@ -208,7 +208,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for key, index, element in read_elements(path):
         if key != "images":
             continue
-        where = f"{path.name}: images[{index}]"
+        where = f"{path}: images[{index}]"
         try:
             row = mapping("", element)
             file = word("file_name", member(row, "file_name"))

@@ -66,7 +66,7 @@ class Karpathy:
         for key, index, element in read_elements(path):
             if key == "images":
                 found = True
-                yield from self._image(path, f"{path.name}: images[{index}]", element)
+                yield from self._image(path, f"{path}: images[{index}]", element)
         if not found:
             raise VlscaleError(f"{path}: has no list of images; give Karpathy's dataset_*.json")
 

@@ -141,7 +141,7 @@ def _chosen(stream: BinaryIO, path: Path, rows: Sequence[Sequence[Any]], max_lin
 
 
 def _where(path: Path, begin: int, row: int | None) -> str:
-    return f"{path.name}: row at byte {begin}" if row is None else f"{path.name}: row {row}"
+    return f"{path}: row at byte {begin}" if row is None else f"{path}: row {row}"
 
 
 def _too_long(where: str, max_line: int) -> BadRow:

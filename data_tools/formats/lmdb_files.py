@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_tools.formats.lmdb_pages import page_problem
 from vlscale.errors import VlscaleError
 
 _opened: dict[Path, tuple[tuple[int, ...], Any]] = {}
@@ -18,8 +20,8 @@ def open_lmdb(path: Path) -> Any:
     process until it is closed or has changed.
 
     Raises:
-        VlscaleError: it is missing, no LMDB, or shorter than it says (reading on would kill the process); or the
-            package ``lmdb`` is missing.
+        VlscaleError: it is missing, no LMDB, shorter than it says or with a page of the wrong type (reading on would
+            kill the process); or the package ``lmdb`` is missing.
     """
     try:
         import lmdb
@@ -36,7 +38,8 @@ def open_lmdb(path: Path) -> Any:
             env.close()
         try:
             env = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
-            expected = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+            page_size = env.stat()["psize"]
+            expected = (env.info()["last_pgno"] + 1) * page_size
         except lmdb.Error as error:
             raise VlscaleError(f"{data}: no LMDB database, or damaged ({error}); download it again") from None
         if status.st_size < expected:
@@ -44,6 +47,10 @@ def open_lmdb(path: Path) -> Any:
             raise VlscaleError(
                 f"{data}: truncated: {status.st_size} bytes, expected {expected} by its header; download it again"
             )
+        problem = page_problem(data, page_size)
+        if problem:
+            env.close()
+            raise VlscaleError(f"{data}: damaged ({problem}); download it again")
     _opened[key] = state, env
     return env
 
@@ -59,10 +66,26 @@ def _is_open(env: Any) -> bool:
     return True
 
 
-def key_parts(env: Any, size: int) -> list[dict[str, Any]]:
-    """Cut the keys, in their order, into ranges of ``size``: ``{"first": key, "count": keys}``; values are not read."""
+@contextmanager
+def _one_line_damage(path: Path) -> Iterator[None]:
+    """Turn what LMDB says about a damaged page, which it notices only when it comes to it, into one line."""
+    import lmdb
+
+    try:
+        yield
+    except lmdb.Error as error:
+        raise VlscaleError(f"{path}: damaged ({error}); download it again") from None
+
+
+def key_parts(path: Path, size: int) -> list[dict[str, Any]]:
+    """Cut the keys, in their order, into ranges of ``size``: ``{"first": key, "count": keys}``; values are not read.
+
+    Raises:
+        VlscaleError: see :func:`open_lmdb`; or the database is damaged.
+    """
     parts: list[dict[str, Any]] = []
-    with env.begin() as transaction, transaction.cursor() as cursor:
+    env = open_lmdb(path)
+    with _one_line_damage(path), env.begin() as transaction, transaction.cursor() as cursor:
         for number, key in enumerate(cursor.iternext(keys=True, values=False)):
             if number % size == 0:
                 parts.append({"first": key.decode("latin-1"), "count": 0})
@@ -70,21 +93,30 @@ def key_parts(env: Any, size: int) -> list[dict[str, Any]]:
     return parts
 
 
-def read_range(env: Any, part: Mapping[str, Any], path: Path) -> Iterator[tuple[bytes, bytes]]:
+def first_part(path: Path, count: int) -> dict[str, Any]:
+    """Return the range of the first ``count`` keys, without looking at all keys.
+
+    Raises:
+        VlscaleError: there is none; see :func:`key_parts`.
+    """
+    env = open_lmdb(path)
+    with _one_line_damage(path), env.begin() as transaction, transaction.cursor() as cursor:
+        if not cursor.first():
+            raise VlscaleError(f"{path}: has no records")
+        return {"first": cursor.key().decode("latin-1"), "count": count}
+
+
+def read_range(part: Mapping[str, Any], path: Path) -> Iterator[tuple[bytes, bytes]]:
     """Yield the keys and values of a range.
 
     Raises:
         VlscaleError: the range is not there, or the database is damaged.
     """
-    import lmdb
-
-    try:
-        with env.begin(buffers=False) as transaction, transaction.cursor() as cursor:
-            if not cursor.set_key(part["first"].encode("latin-1")):
-                raise VlscaleError(f"{path}: key {part['first']!r} is gone; the database has changed since the start")
-            for number, item in enumerate(cursor.iternext()):
-                if number == part["count"]:
-                    return
-                yield item
-    except lmdb.Error as error:
-        raise VlscaleError(f"{path}: damaged ({error}); download it again") from None
+    env = open_lmdb(path)
+    with _one_line_damage(path), env.begin() as transaction, transaction.cursor() as cursor:
+        if not cursor.set_key(part["first"].encode("latin-1")):
+            raise VlscaleError(f"{path}: key {part['first']!r} is gone; the database has changed since the start")
+        for number, item in enumerate(cursor.iternext()):
+            if number == part["count"]:
+                return
+            yield item

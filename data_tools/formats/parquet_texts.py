@@ -92,7 +92,7 @@ class ParquetTexts(Corpus):
             raise _damaged(path, error) from None
 
     def _piece(self, path: Path, file: int, row: int, cell: Any) -> Piece | BadRow:
-        where = f"{path.name}: row {row + 1}"
+        where = f"{path}: row {row + 1}"
         try:
             if not cell.is_valid:
                 raise FieldError(self.field, "is null")

@@ -61,7 +61,7 @@ class Sbu:
             both = [row_starts(each, self.rows_per_part) for each in (path, urls_beside(path))]
             if both[0][1] != both[1][1]:
                 raise VlscaleError(
-                    f"{path}: has {both[0][1]} rows, but {urls_beside(path).name} has {both[1][1]}; give the published "
+                    f"{path}: has {both[0][1]} rows, but {urls_beside(path)} has {both[1][1]}; give the published "
                     f"files, whose rows belong together"
                 )
             ends = [[*starts[1:], None] for starts, _ in both]
@@ -107,7 +107,7 @@ def _from_lines(path: Path, part: Mapping[str, Any]) -> Iterator[tuple[str, int,
         for each in (text, url):
             found.append(each[1] if each is not None and each[0] == row else b"")
         if found != [b"", b""]:
-            yield f"{path.name}: row {row}", row - 1, *found
+            yield f"{path}: row {row}", row - 1, *found
         text = next(captions, None) if text is not None and text[0] == row else text
         url = next(urls, None) if url is not None and url[0] == row else url
         row += 1
@@ -129,7 +129,7 @@ def _from_json(path: Path) -> Iterator[tuple[str, int, Any, Any]]:
     for row, (text, url) in enumerate(zip_longest(*lists, fillvalue=nothing)):
         if text is nothing or url is nothing:
             raise VlscaleError(f"{path}: captions and image_urls have not equally many entries; the shorter has {row}")
-        yield f"{path.name}: row {row + 1}", row, text, url
+        yield f"{path}: row {row + 1}", row, text, url
     if row < 0:
         raise VlscaleError(f"{path}: has no lists captions and image_urls; give SBU's sbu-captions-all.json")
 

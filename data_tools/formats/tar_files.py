@@ -94,7 +94,7 @@ def read_member(stream: BinaryIO, member: Member, limit: int) -> bytes:
 
 
 def _member(path: Path, raw: bytes, kind: bytes, begin: int, size: int, sparse: bool) -> Iterator[Member | BadRow]:
-    where = f"{path.name}: member {show(raw, 200)}"
+    where = f"{path}: member {show(raw, 200)}"
     if kind == b"5":
         return
     try:
@@ -102,7 +102,7 @@ def _member(path: Path, raw: bytes, kind: bytes, begin: int, size: int, sparse: 
     except UnicodeDecodeError:
         yield BadRow(where, "name", "is not UTF-8")
         return
-    where = f"{path.name}: member {show(name, 200)}"
+    where = f"{path}: member {show(name, 200)}"
     pieces = name.removeprefix("./").split("/")
     if kind not in _PLAIN or sparse:
         yield BadRow(where, "", f"is {_KINDS.get(kind, 'of a special kind')}, expected a plain file")

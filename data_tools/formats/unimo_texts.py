@@ -16,6 +16,7 @@ from typing import Any
 from data_tools.formats.arrays import FieldError, integers, whole_number, word
 from data_tools.formats.lines import PART_BYTES, Line, line_parts, read_lines
 from data_tools.formats.unimo_rows import Kind, add_kind_arguments, find_kind, source_paths, unimo_fields
+from data_tools.options import number
 from data_tools.records import BadRow, TextRecord
 
 KIND = "texts"
@@ -29,8 +30,20 @@ _MAX_TOKENS = 4096
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this format's options."""
     add_kind_arguments(parser, _WITH_TEXTS)
-    parser.add_argument("--cls-id", type=int, default=0, help="id of the token before each text (default 0, UNIMO's)")
-    parser.add_argument("--sep-id", type=int, default=2, help="id of the token after each text (default 2, UNIMO's)")
+    parser.add_argument(
+        "--cls-id",
+        type=number(0, (1 << 24) - 1),
+        metavar="ID",
+        default=0,
+        help="id of the token before each text (default 0, UNIMO's)",
+    )
+    parser.add_argument(
+        "--sep-id",
+        type=number(0, (1 << 24) - 1),
+        metavar="ID",
+        default=2,
+        help="id of the token after each text (default 2, UNIMO's)",
+    )
 
 
 def open_source(options: argparse.Namespace) -> UnimoTexts:

@@ -28,13 +28,13 @@ from data_tools.formats.arrays import (
     box_rule,
     finite,
     from_msgpack,
-    load_npz,
     typed,
     unpack_msgpack,
     whole_number,
     word,
 )
-from data_tools.formats.lmdb_files import key_parts, open_lmdb, read_range
+from data_tools.formats.lmdb_files import first_part, key_parts, read_range
+from data_tools.formats.npz import load_npz
 from data_tools.records import BadRow, ImageLayout, ImageRecord
 from vlscale.errors import VlscaleError
 
@@ -42,6 +42,8 @@ KIND = "images"
 HELP = "UNITER's image LMDBs (feat_th*, feat_numbb*, all; compressed or not)"
 
 PART_IMAGES = 2048
+PROBE = 64
+"""Records at the beginning of which one must be usable."""
 MAX_COUNTS_BYTES = 1 << 30
 _KEYS = b"__keys__"
 _FIELDS = ("features", "norm_bb", "conf", "soft_labels")
@@ -104,9 +106,10 @@ class UniterImages:
     def layout(self) -> ImageLayout:
         """See :class:`~data_tools.records.ImageSource`."""
         problem = "it holds no records"
-        for number, folder in enumerate(self.folders):
-            part = {"folder": number, "first": "", "count": 64}
-            for key, value in self._first(folder, part):
+        for folder in self.folders:
+            for key, value in read_range(first_part(folder, PROBE), folder):
+                if key == _KEYS:
+                    continue
                 try:
                     arrays = _arrays(value)
                     features, probs = arrays["features"], arrays.get("soft_labels")
@@ -119,24 +122,19 @@ class UniterImages:
                     problem = str(error.at(_where(folder, key)))
         raise VlscaleError(f"{self.folders[0]}: no usable record among the first ({problem}); is it an image database?")
 
-    def _first(self, folder: Path, part: Mapping[str, Any]) -> Iterator[tuple[bytes, bytes]]:
-        parts = key_parts(open_lmdb(folder), int(part["count"]))
-        if parts:
-            yield from ((k, v) for k, v in read_range(open_lmdb(folder), parts[0], folder) if k != _KEYS)
-
     def parts(self) -> list[dict[str, Any]]:
         """Ranges of 2,048 keys."""
         return [
             {"folder": number, **part}
             for number, folder in enumerate(self.folders)
-            for part in key_parts(open_lmdb(folder), PART_IMAGES)
+            for part in key_parts(folder, PART_IMAGES)
         ]
 
     def read(self, part: Mapping[str, Any]) -> Iterator[ImageRecord | BadRow]:
         """Yield the records of a range, in the order of their keys."""
         folder = self.folders[part["folder"]]
         counts = self._counts(folder)
-        for key, value in read_range(open_lmdb(folder), part, folder):
+        for key, value in read_range(part, folder):
             if key == _KEYS:
                 continue
             where = _where(folder, key)

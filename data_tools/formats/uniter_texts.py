@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.formats.arrays import MAX_TEXT, FieldError, sentence, show, unpack_msgpack, whole_number, word
-from data_tools.formats.lmdb_files import key_parts, open_lmdb, read_range
+from data_tools.formats.lmdb_files import key_parts, read_range
 from data_tools.records import BadRow, TextRecord
 from vlscale.data.schema import Vocabulary
 from vlscale.errors import VlscaleError
@@ -62,6 +62,8 @@ class UniterTexts:
     def check_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Compare the special ids and the range of ids in meta.json with a vocabulary.
 
+        BERT's cased and uncased vocabularies have the same special ids; their ``v_range`` differs.
+
         Raises:
             VlscaleError: they differ, or meta.json is missing or damaged.
         """
@@ -75,27 +77,20 @@ class UniterTexts:
                 raise VlscaleError(
                     f"{path}: special ids {found}, but --tokenizer has {expected}; give the vocabulary of {tokenizer}"
                 )
-            span = meta.get("v_range")
-            if not (isinstance(span, list) and len(span) == 2 and all(isinstance(end, int) for end in span)):
-                raise VlscaleError(f"{path}: v_range is {show(span)}, expected two integers; download it again")
-            if not 0 <= span[0] < span[1] <= vocabulary.size:
-                raise VlscaleError(
-                    f"{path}: v_range {span} does not fit the {vocabulary.size} word pieces of --tokenizer; give the "
-                    f"vocabulary of {tokenizer}"
-                )
+            _check_range(path, meta.get("v_range"), vocabulary, tokenizer)
 
     def parts(self) -> list[dict[str, Any]]:
         """Ranges of 32,768 keys."""
         return [
             {"folder": number, **part}
             for number, folder in enumerate(self.folders)
-            for part in key_parts(open_lmdb(folder), PART_TEXTS)
+            for part in key_parts(folder, PART_TEXTS)
         ]
 
     def read(self, part: Mapping[str, Any]) -> Iterator[TextRecord | BadRow]:
         """Yield the records of a range, in the order of their keys."""
         folder = self.folders[part["folder"]]
-        for key, value in read_range(open_lmdb(folder), part, folder):
+        for key, value in read_range(part, folder):
             if key == b"__keys__":
                 continue
             where = f"{folder}: key {key.decode('utf-8', 'backslashreplace')[:512]}"
@@ -134,6 +129,20 @@ class UniterTexts:
     @cached_property
     def _opened(self) -> dict[Path, Any]:
         return {}
+
+
+def _check_range(path: Path, span: Any, vocabulary: Vocabulary, tokenizer: Any) -> None:
+    """Compare ``v_range``: UNITER's scripts write the id of ``!`` and the number of word pieces."""
+    if not (isinstance(span, list) and len(span) == 2 and all(type(end) is int for end in span)):
+        raise VlscaleError(f"{path}: v_range is {show(span)}, expected two integers; download it again")
+    cure = f"give the vocabulary of {show(tokenizer)}"
+    if not 0 <= span[0] < span[1] or span[1] != vocabulary.size:
+        raise VlscaleError(
+            f"{path}: v_range {show(span)} does not fit the {vocabulary.size} word pieces of --tokenizer; {cure}"
+        )
+    if "!" in vocabulary.tokens and vocabulary.tokens.index("!") != span[0]:
+        found = vocabulary.tokens.index("!")
+        raise VlscaleError(f"{path}: v_range begins with '!' at {span[0]}, but --tokenizer has it at {found}; {cure}")
 
 
 def decompress(value: bytes) -> bytes:

@@ -58,7 +58,7 @@ class VilbertCaptions:
         path = self.paths[part["file"]]
         if "first" not in part:
             for number, (image, captions) in enumerate(read_map(path)):
-                yield from _texts(f"{path.name}: entry {number + 1}", image, captions)
+                yield from _texts(f"{path}: entry {number + 1}", image, captions)
             return
         for where, value in records(path, part):
             try:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from data_tools.formats.arrays import (
     word,
 )
 from data_tools.formats.delimited import PROBE, add_width_argument
-from data_tools.formats.lmdb_files import key_parts, open_lmdb, read_range
+from data_tools.formats.lmdb_files import first_part, key_parts, read_range
 from data_tools.formats.pickled import read_pickle
 from data_tools.records import BadRow, ImageLayout, ImageRecord
 from vlscale.errors import VlscaleError
@@ -127,7 +126,7 @@ class VilbertLmdb:
         layouts: Counter[ImageLayout] = Counter()
         problem = ""
         for path in self.paths:
-            for where, value in records(path, _beginning(path)):
+            for where, value in records(path, first_part(path, 4 * PROBE)):
                 try:
                     record = self._record(where, value, self._feature_dim, None, None)
                     layouts[_layout(record.features, record.class_probs)] += 1
@@ -148,27 +147,14 @@ def _layout(features: NDArray[Any], probs: NDArray[Any] | None) -> ImageLayout:
 
 def lmdb_parts(paths: Sequence[Path], per_part: int) -> list[dict[str, Any]]:
     """Cut LMDBs into ranges of keys, for :func:`records`."""
-    parts: list[dict[str, Any]] = []
-    for number, path in enumerate(paths):
-        with closing(open_lmdb(path)) as env:
-            parts += [{"file": number, **part} for part in key_parts(env, per_part)]
-    return parts
-
-
-def _beginning(path: Path) -> dict[str, Any]:
-    """Return the range of the first records, without looking at all keys."""
-    with closing(open_lmdb(path)) as env, env.begin() as transaction, transaction.cursor() as cursor:
-        if not cursor.first():
-            raise VlscaleError(f"{path}: has no records")
-        return {"first": cursor.key().decode("latin-1"), "count": 4 * PROBE}
+    return [{"file": number, **part} for number, path in enumerate(paths) for part in key_parts(path, per_part)]
 
 
 def records(path: Path, part: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
     """Yield name (for errors) and value of the records in a range of keys."""
-    with closing(open_lmdb(path)) as env:
-        for key, value in read_range(env, part, path):
-            if key not in _NOT_RECORDS:
-                yield f"{path.name}: key {show(key.decode('utf-8', 'backslashreplace'))}", value
+    for key, value in read_range(part, path):
+        if key not in _NOT_RECORDS:
+            yield f"{path}: key {show(key.decode('utf-8', 'backslashreplace'))}", value
 
 
 def parse_record(blob: bytes) -> dict[str, Any]:

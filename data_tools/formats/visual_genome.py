@@ -61,7 +61,7 @@ class VisualGenome:
         """See :class:`data_tools.records.TextSource`."""
         path = self.paths[part["file"]]
         for key, index, element in read_elements(path):
-            where = f"{path.name}: entry {index + 1}"
+            where = f"{path}: entry {index + 1}"
             if key:
                 raise VlscaleError(f"{path}: is a map with the key {key!r}, expected Visual Genome's list of images")
             try:
@@ -111,7 +111,7 @@ class _Sizes:
                 number = whole_number("image_id", row.get("image_id", row.get("id")), 0)
                 rows.append((number, image_size("width", row.get("width")), image_size("height", row.get("height"))))
             except FieldError as error:
-                raise VlscaleError(str(error.at(f"{path.name}: {key}[{index}]"))) from None
+                raise VlscaleError(str(error.at(f"{path}: {key}[{index}]"))) from None
         table = np.array(sorted(rows), np.int64).reshape(-1, 3)
         self._numbers, self._sizes = np.ascontiguousarray(table[:, 0]), table[:, 1:]
 

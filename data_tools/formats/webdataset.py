@@ -126,7 +126,7 @@ class WebDataset:
             raise VlscaleError(f"{path}: cannot be read ({error.strerror})") from None
 
     def _texts(self, path: Path, stream: BinaryIO, sample: Sample) -> Iterator[TextRecord | BadRow]:
-        where = f"{path.name}: sample {sample.key!r}"
+        where = f"{path}: sample {sample.key!r}"
         try:
             if sample.picture is None:
                 raise FieldError("image", f"there is no picture with it ({', '.join(PICTURES)})")

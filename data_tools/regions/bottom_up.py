@@ -8,7 +8,9 @@ so that file loads as it is. What it does, from peteanderson80/bottom-up-attenti
 - ResNet-101 to res4 (stride 16; strides in the 1x1 convolutions; pooling without padding, rounded up);
 - proposals: 12 anchors, the 6000 best, suppression at 0.7, the 300 best; sides of at least 16 pixels of the picture;
 - RoIPool 14x14, res5 with dilation 2 and no stride, mean over the 14x14: the features;
-- 1601 class scores, class 0 is the background; attributes from the features and the likeliest class's embedding.
+- 1601 class scores, class 0 is the background; 401 attribute scores from the features and the likeliest class's
+  embedding, 0 means none. ``objects`` and ``attributes`` are the likeliest others, as in the published scripts (which
+  then count them from 0, so LXMERT's and the port's ids are one less).
 
 Boxes of the features are the proposals themselves: the regression to classes is only for detection, and is not used.
 """
@@ -205,14 +207,14 @@ class BottomUp(nn.Module):
         else:
             confidence = probs[:, 1:].amax(1)
             kept = torch.arange(len(boxes), device=boxes.device)
-        strongest = attributes[kept].max(1)
+        strongest = attributes[kept, 1:].max(1)
         return Regions(
             features=features[kept].cpu().numpy(),
             boxes=boxes[kept].cpu().numpy(),
             conf=confidence[kept].cpu().numpy(),
             class_probs=probs[kept].cpu().numpy(),
             objects=(probs[kept, 1:].argmax(1) + 1).cpu().numpy(),
-            attributes=(strongest.indices.cpu().numpy(), strongest.values.cpu().numpy()),
+            attributes=((strongest.indices + 1).cpu().numpy(), strongest.values.cpu().numpy()),
         )
 
     def _proposals(self, map_: Tensor, size: torch.Size, scale: float) -> Tensor:

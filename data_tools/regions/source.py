@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,7 @@ class RegionSource:
         feature_dtype: dtype that features and probabilities are stored in.
         device: where the network runs.
         description: of the extractor, for images/meta.json.
+        follow_links: read linked folders, and links to pictures outside the folder.
     """
 
     folder: Path
@@ -48,9 +50,11 @@ class RegionSource:
     feature_dtype: str = "float16"
     device: str = "cpu"
     description: str = ""
+    follow_links: bool = False
 
     def layout(self) -> ImageLayout:
         """See :class:`~data_tools.records.ImageSource`."""
+        _ = self._names, self._given  # mistakes in them are told before the network is built
         extractor = self._extractor
         return ImageLayout(extractor.feature_dim, self.feature_dtype, extractor.num_classes, self.feature_dtype)
 
@@ -66,27 +70,47 @@ class RegionSource:
             yield from self._extract(names[begin : begin + self.batch])
 
     @cached_property
+    def _found(self) -> dict[str, str]:
+        return find(self.folder, self.follow_links)
+
+    @cached_property
     def _names(self) -> list[str]:
-        names = find(self.folder)
-        ids = [_id(name) for name in names]
-        twice = next((name for name, one, other in zip(names[1:], ids[1:], ids, strict=False) if one == other), None)
-        if twice is not None:
-            raise VlscaleError(f"{self.folder / twice}: another picture has the same name up to its suffix; rename it")
-        return names
+        seen: set[str] = set()
+        for name in (name for name, why in self._found.items() if not why):
+            if _id(name) in seen:
+                raise VlscaleError(
+                    f"{self.folder / name}: another picture has the same name up to its suffix; rename it"
+                )
+            seen.add(_id(name))
+        return list(self._found)
 
     @cached_property
     def _extractor(self) -> Extractor:
         extractor = self.make()
         if isinstance(extractor, torch.nn.Module):
-            extractor.to(self.device)
+            with self._memory():
+                extractor.to(self.device)
         return extractor
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        """Say in one line that the device's memory is too small."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            cure = f"give a smaller --batch than {self.batch}" if self.batch > 1 else "use another --device"
+            raise VlscaleError(
+                f"--device {self.device}: its memory is too small for --batch {self.batch}; {cure} and the same command"
+            ) from None
 
     @cached_property
     def _given(self) -> dict[str, NDArray[np.float32]] | None:
         return None if self.boxes is None else read_boxes(self.boxes, self.box_format)
 
     def _extract(self, names: list[str]) -> Iterator[ImageRecord | BadRow]:
-        decoded = [decode(self.folder / name) for name in names]
+        decoded = [self._decode(name) for name in names]
         given = [self._boxes_of(name, picture) for name, picture in zip(names, decoded, strict=True)]
         usable = [
             place
@@ -97,7 +121,8 @@ class RegionSource:
         if usable:
             pictures: Any = [decoded[place] for place in usable]
             boxes: Any = [given[place] for place in usable]
-            found = dict(zip(usable, self._extractor.extract(pictures, boxes, self.choice), strict=True))
+            with self._memory():
+                found = dict(zip(usable, self._extractor.extract(pictures, boxes, self.choice), strict=True))
         for place, name in enumerate(names):
             picture, box = decoded[place], given[place]
             if isinstance(picture, BadRow):
@@ -106,6 +131,10 @@ class RegionSource:
                 yield box
             else:
                 yield self._record(name, picture, found[place])
+
+    def _decode(self, name: str) -> NDArray[np.uint8] | BadRow:
+        why = self._found[name]
+        return BadRow(str(self.folder / name), "", why) if why else decode(self.folder / name)
 
     def _boxes_of(self, name: str, picture: NDArray[np.uint8] | BadRow) -> NDArray[np.float32] | BadRow | None:
         if self._given is None or isinstance(picture, BadRow):

@@ -19,7 +19,7 @@ class Regions:
         conf: float32 [R], confidence that there is something.
         class_probs: float32 [R, C], the background among them where the detector has one, or None.
         objects: likeliest class other than the background of each region, or None.
-        attributes: likeliest attribute of each region and its probability, or None.
+        attributes: likeliest attribute other than "none" (0) of each region and its probability, or None.
     """
 
     features: NDArray[np.float32]

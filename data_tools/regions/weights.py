@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -30,9 +29,11 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
-        detail = str(error).split("\n")[0][:200]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch tells of protocols and of damage in lines of its own
+            found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files make the readers fail in any way: KeyError, AssertionError, struct.error
+        detail = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         raise VlscaleError(
             f"{path}: cannot be read as tensors alone ({detail}); convert it to safetensors where you trust it"
         ) from None
@@ -41,6 +42,8 @@ def read(path: Path) -> dict[str, Tensor]:
             found = found[key]
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise VlscaleError(f"{path}: not a mapping of names to tensors, bare or under 'model' or 'state_dict'")
+    if any(value.layout != torch.strided or value.is_quantized or value.is_meta for value in found.values()):
+        raise VlscaleError(f"{path}: holds sparse, quantized or empty tensors; save the plain weights")
     return {str(name): value for name, value in found.items()}
 
 
@@ -59,7 +62,7 @@ def load(network: nn.Module, path: Path) -> None:
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or extra:
         problem = f"{missing[0]!r} is missing ({len(missing)} are)" if missing else f"{extra[0]!r} is not part of it"
-        raise VlscaleError(f"{path}: not the weights of this network: {problem}; choose another --extractor or file")
+        raise VlscaleError(f"{path}: not the weights of this network: {problem}; choose another extractor or file")
     for name, value in wanted.items():
         if state[name].shape != value.shape:
             raise VlscaleError(

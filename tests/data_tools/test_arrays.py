@@ -1,8 +1,6 @@
 import argparse
 import base64
-import io
 import sys
-import zipfile
 from unittest.mock import patch
 
 import msgpack
@@ -16,11 +14,13 @@ from data_tools.formats.arrays import (
     FieldError,
     add_box_arguments,
     box_rule,
+    finite,
     from_base64,
+    from_description,
     from_msgpack,
     integers,
-    load_npz,
     sentence,
+    show,
     typed,
     unpack_msgpack,
     whole_number,
@@ -157,64 +157,6 @@ def test_msgpack_that_is_damaged_or_extended_is_refused(blob):
         unpack_msgpack("record", blob)
 
 
-def npz(**arrays):
-    stream = io.BytesIO()
-    np.savez_compressed(stream, **arrays)
-    return stream.getvalue()
-
-
-def zipped(**members):
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in members.items():
-            archive.writestr(name + ".npy", data)
-    return stream.getvalue()
-
-
-def npy_header(text):
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
-
-
-def test_npz_arrays_come_back_in_their_dtype():
-    found = load_npz("record", npz(features=ROWS.astype(np.float16), order=np.asfortranarray(ROWS), flag=np.True_))
-    assert found["features"].dtype == np.float16
-    np.testing.assert_array_equal(found["features"], ROWS)
-    np.testing.assert_array_equal(found["order"], ROWS)
-    assert found["flag"].shape == ()
-    assert set(load_npz("record", npz(a=ROWS, b=np.array([None])), names=["a"])) == {"a"}
-
-
-@pytest.mark.parametrize(
-    ("blob", "why"),
-    [
-        (npz(features=np.array([{"a": 1}], object)), "record.features: has the dtype 'object'"),
-        (npz(features=np.zeros(2, [("a", "<f4")])), "dtype"),
-        (npz(features=ROWS)[:-30], "not an intact npz"),
-        (npz(features=ROWS).replace(b"features.npy", b"featuresXnpy", 1), "not an intact npz"),
-        (b"PK\x03\x04 nothing", "not an intact npz"),
-        (
-            zipped(features=npy_header("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,)}\n")),
-            "0 bytes",
-        ),
-        (zipped(features=npy_header("{'descr': __import__('os'), 'fortran_order': 0, 'shape': ()}\n")), "not an npy"),
-        (zipped(features=b"\x80\x04."), "not an npy"),
-        (zipped(features=b""), "not an npy"),
-        (zipped(**{f"a{n}": b"" for n in range(65)}), "65 members"),
-    ],
-)
-def test_npz_that_is_no_set_of_plain_arrays_is_refused(blob, why):
-    with pytest.raises(FieldError) as error:
-        load_npz("record", blob)
-    assert why in str(error.value)
-
-
-def test_npz_bombs_are_refused_before_they_unpack():
-    bomb = npz(features=np.zeros((1 << 21,), np.float64))
-    assert len(bomb) < 100_000
-    with pytest.raises(FieldError, match="unpacks to more than is allowed"):
-        load_npz("record", bomb, max_bytes=1 << 20)
-
-
 BOXES = np.array([[0, 0, 320, 240], [10, 20, 640, 480]], np.float32)
 
 
@@ -285,6 +227,33 @@ def test_what_is_no_whole_number_in_range_is_refused(value):
         whole_number("n", value)
 
 
+HUGE = (10**400, -(10**400), 10**5000, np.uint64(2**64 - 1), 1e300, float("-inf"))
+
+
+@pytest.mark.parametrize("value", HUGE, ids=range(len(HUGE)))
+def test_numbers_as_large_as_json_and_pickles_can_spell_are_refused(value):
+    with pytest.raises(FieldError, match=r"^n: .*(not a whole number|outside)"):
+        whole_number("n", value)
+    if isinstance(value, int):
+        with pytest.raises(FieldError, match=r"^id: is a number of \d+ bits"):
+            word("id", value)
+    assert len(show([value])) < 50
+
+
+def test_values_that_python_cannot_spell_have_a_name_in_messages():
+    nested = []
+    for _ in range(100_000):
+        nested = [nested]
+    assert show(nested) == "a list"
+    assert show({"a": 10**5000}) == "a dict"
+
+
+@pytest.mark.parametrize("spelled", ["f4,f4", "(2)f4", "M8[s]", "V4", "a4", "f16", ">f4", "", "float", "T", 7, None])
+def test_dtypes_are_those_of_plain_numbers_and_nothing_else_that_numpy_knows(spelled):
+    with pytest.raises(FieldError, match=r"^x: has the dtype"):
+        from_description("x", spelled, [1], b"1234")
+
+
 def test_names_and_texts_are_bounded_unicode():
     assert word("id", b"COCO_1.jpg") == "COCO_1.jpg"
     assert word("id", 12) == "12"
@@ -320,3 +289,28 @@ def test_typed_checks_dtype_and_shape():
         with pytest.raises(FieldError, match="x: ") as error:
             typed("x", value, ("float32",), (3, None))
         assert why in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+@pytest.mark.parametrize("least", [-1, 0])
+def test_finite_agrees_with_numpy_about_every_kind_of_number(dtype, least):
+    edges = [0.0, 5e-324, 1.0, np.finfo(dtype).max, np.finfo(dtype).tiny]
+    plain = np.array([*edges, *(least * edge for edge in edges)] * 2, dtype).reshape(4, 5)
+    for array in (plain, plain[:, ::2], np.asfortranarray(plain), plain[:0]):
+        assert finite("x", array) is array
+    for odd in (np.nan, -np.nan, np.inf, -np.inf):
+        wrong = plain.copy()
+        wrong[2, 4] = odd
+        for array in (wrong, np.asfortranarray(wrong), wrong[:, ::2]):
+            with pytest.raises(FieldError, match=r"x: has -?(nan|inf) at \[2, [24]\]"):
+                finite("x", array)
+
+
+@pytest.mark.parametrize("bits", range(0, 1 << 16, 257))
+def test_finite_knows_all_bits_of_float16(bits):
+    value = np.array([bits], np.uint16).view(np.float16)
+    if np.isfinite(value).all():
+        finite("x", value)
+    else:
+        with pytest.raises(FieldError):
+            finite("x", value)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from data_tools.exclusion import excluded_ids
+from data_tools.exclusion import excluded_ids, is_excluded
 from vlscale.errors import VlscaleError
 
 
@@ -46,6 +46,24 @@ def test_ids_of_a_list_are_taken_literally(tmp_path):
 )
 def test_karpathys_val_and_test_images_in_every_spelling(coco, spelling):
     assert spelling in excluded_ids([], [coco])
+
+
+@pytest.mark.parametrize("folder", ["val2014/", "coco/images/", "a b/"])
+@pytest.mark.parametrize("name", ["COCO_val2014_000000000042", "COCO_val2014_000000000043.jpg", "000000000042"])
+def test_folders_before_an_id_do_not_hide_an_evaluation_image(coco, folder, name):
+    excluded = excluded_ids([], [coco])
+    assert is_excluded(folder + name, excluded)
+    assert is_excluded(name, excluded)
+    assert not is_excluded(f"{folder}COCO_val2014_000000000044", excluded)
+    assert not is_excluded(f"{name}/44", excluded)
+
+
+def test_a_listed_id_with_folders_is_meant_there_alone(tmp_path):
+    excluded = excluded_ids([write(tmp_path / "ids.txt", "a/1\n2\n")])
+    assert is_excluded("a/1", excluded)
+    assert is_excluded("b/2", excluded)
+    assert not is_excluded("b/1", excluded)
+    assert not is_excluded("1", excluded)
 
 
 @pytest.mark.parametrize("spelling", ["44", "45", "COCO_train2014_000000000045.jpg", "coco_val2014_000000000044.npz"])

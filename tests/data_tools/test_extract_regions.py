@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +117,75 @@ def test_shares_and_a_kill_give_the_same_bytes(tmp_path, pictures, detector_weig
         extract(tmp_path / "whole", pictures, detector_weights)
 
 
+def test_shares_may_run_on_several_devices_and_be_merged_on_another_machine(
+    tmp_path, pictures, detector_weights, monkeypatch
+):
+    monkeypatch.setattr(region_source, "PART", 2)
+    extract(tmp_path / "whole", pictures, detector_weights)
+    extract(tmp_path / "out", pictures, detector_weights, "--shard", "0/2", "--device", "cpu")
+    extract(tmp_path / "out", pictures, detector_weights, "--shard", "1/2", "--device", "cpu:0", "--batch", "3")
+
+    def no_network(_):
+        raise AssertionError("the merge builds a network")
+
+    command = ["bottom_up", str(pictures), "--out", str(tmp_path / "out"), "--weights", str(detector_weights)]
+    extract_regions.run([*command, "--merge", "--device", "cuda:7"], no_network)
+    one, other = (ImageStore(tmp_path / name / "images") for name in ("whole", "out"))
+    assert [other.row(row)["id"] for row in range(7)] == [one.row(row)["id"] for row in range(7)]
+    assert np.allclose(one.row(3)["features"], other.row(3)["features"], atol=1e-2)
+    with pytest.raises(VlscaleError, match="nothing is built here yet"):
+        extract(tmp_path / "none", pictures, detector_weights, "--merge")
+
+
+def test_evaluation_images_in_folders_are_left_out(tmp_path, pictures, detector_weights, capsys):
+    (pictures / "a" / "p3.png").rename(pictures / "a" / "COCO_val2014_000000000042.png")
+    karpathy = tmp_path / "dataset_coco.json"
+    karpathy.write_text(json.dumps({"dataset": "coco", "images": [{"cocoid": 42, "split": "val"}]}))
+    options = ("--exclude-karpathy", str(karpathy))
+    report = extract(tmp_path / "out", pictures, detector_weights, *options)
+    assert (report["rows"], report["excluded"]) == (6, 1)
+    assert "warning" not in report
+    (pictures / "a" / "COCO_val2014_000000000042.png").unlink()
+    capsys.readouterr()
+    report = extract(tmp_path / "none", pictures, detector_weights, *options)
+    assert "NOT ONE image" in report["warning"]
+    assert "WARNING: " in capsys.readouterr().err
+
+
+def test_mistakes_in_boxes_are_found_before_the_network_is_built(tmp_path, pictures, detector_weights):
+    def no_network(_):
+        raise AssertionError("built")
+
+    boxes = tmp_path / "boxes.jsonl"
+    command = ["bottom_up", str(pictures), "--out", str(tmp_path / "out"), "--weights", str(detector_weights)]
+    with pytest.raises(VlscaleError, match=r"--boxes .*boxes\.jsonl: no such file"):
+        extract_regions.run([*command, "--boxes", str(boxes)], no_network)
+    boxes.write_text("{")
+    with pytest.raises(VlscaleError, match=r"boxes\.jsonl: line 1"):
+        extract_regions.run([*command, "--boxes", str(boxes)], no_network)
+    assert not (tmp_path / "out" / ".parts").exists()  # which would refuse the corrected file
+    rows = [{"image": f"a/p{number}", "boxes": [[0, 0, 45, 30]]} for number in range(7)]
+    boxes.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert extract(tmp_path / "out", pictures, detector_weights, "--boxes", str(boxes))["rows"] == 7
+
+
+def test_the_store_says_what_objects_and_attributes_count(tmp_path, pictures, detector_weights):
+    extract(tmp_path / "out", pictures, detector_weights)
+    meta = json.loads((tmp_path / "out/images/meta.json").read_bytes())
+    assert "objects 1..1600 and attributes 1..400" in json.dumps(meta)
+
+
+def test_linked_pictures_are_bad_rows_or_followed(tmp_path, pictures, detector_weights):
+    outside = tmp_path / "outside.png"
+    (pictures / "a" / "p1.png").rename(outside)
+    (pictures / "a" / "p1.png").symlink_to(outside)
+    with pytest.raises(VlscaleError, match=r"p1\.png: is a link that leads out of the folder; --follow-links"):
+        extract(tmp_path / "stop", pictures, detector_weights)
+    report = extract(tmp_path / "skip", pictures, detector_weights, "--on-error", "skip")
+    assert (report["rows"], report["dropped"]) == (6, {"row": 1})
+    assert extract(tmp_path / "follow", pictures, detector_weights, "--follow-links")["rows"] == 7
+
+
 def test_given_boxes(tmp_path, pictures, detector_weights):
     boxes = tmp_path / "boxes.jsonl"
     rows = [{"image": f"a/p{number}", "boxes": [[0, 0, 45, 30], [9, 9, 90, 60]]} for number in range(7)]
@@ -161,6 +231,8 @@ def test_grid_features_from_the_command_line(tmp_path, pictures, grid_weights):
 def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, pictures, arguments, says):
     monkeypatch.chdir(tmp_path)
     pictures.rename("F")
+    if "yolo" in arguments:
+        Path("W").write_bytes(b"")
     with pytest.raises(SystemExit) as stop:
         extract_regions.main(arguments)
     found = capsys.readouterr().err

@@ -8,6 +8,7 @@ from data_tools.formats import bottom_up_tsv, lxmert_tsv
 from data_tools.formats.arrays import BoxRule
 from data_tools.formats.bottom_up_tsv import BottomUpTsv
 from data_tools.formats.lxmert_tsv import LxmertTsv
+from data_tools.import_images import main
 from data_tools.records import BadRow, ImageLayout
 from tests.data_tools.feature_files import (
     Picture,
@@ -162,6 +163,26 @@ def test_the_commonest_width_of_the_first_rows_is_the_layout(tmp_path):
     source = source_of(tmp_path, rows, "--feature-dim", "15")
     assert source.layout().feature_dim == 15
     assert sum(isinstance(row, BadRow) for row in read_all(source)) == len(PICTURES)
+
+
+@pytest.mark.parametrize("width", ["0", "-4", "65537", "x", "1.5"])
+def test_widths_that_no_feature_has_are_refused(tmp_path, capsys, width):
+    path = write_lines(tmp_path / "x.tsv", map(bottom_up_row, PICTURES))
+    with pytest.raises(SystemExit):
+        main(["bottom_up_tsv", str(path), "--out", str(tmp_path / "out"), "--feature-dim", width])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--feature-dim: '{width}' is not a whole number in 1..65536" in line
+
+
+def test_columns_that_stand_twice_are_refused(tmp_path):
+    names = ["image_id", "image_w", "image_h", "num_boxes", "boxes", "features", "_", "_"]
+    rows = ["\t".join([bottom_up_row(picture), "x", "y"]) for picture in PICTURES]
+    assert len(good(source_of(tmp_path, rows, "--columns", ",".join(names)))) == len(PICTURES)
+    names[-1] = "boxes"
+    with pytest.raises(VlscaleError, match="--columns: boxes stands twice; name each column once"):
+        source_of(tmp_path, rows, "--columns", ",".join(names))
+    with pytest.raises(VlscaleError, match="is a heading that names a column twice"):
+        source_of(tmp_path, ["\t".join(names), *rows]).layout()
 
 
 def test_a_file_of_another_format_is_refused_at_once(tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import os
 import tracemalloc
 
 import numpy as np
@@ -119,7 +120,9 @@ def test_a_row_group_is_a_part_and_rows_keep_their_numbers(tmp_path, tokenizer):
     path = write_parquet(tmp_path / "a.parquet", [[f"Text {n}."] for n in range(7)], group=3)
     source = ParquetTexts([path], Packing(tokenizer, "none"))
     assert [part["row"] for part in source.parts()] == [0, 3, 6]
-    assert [row.where for row in good(source)] == [f"a.parquet: row {n + 1}" for n in range(7)]
+    assert [row.where.removeprefix(f"{tmp_path}/") for row in good(source)] == [
+        f"a.parquet: row {n + 1}" for n in range(7)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +149,7 @@ def test_bad_json_lines_name_file_row_and_field(tmp_path, tokenizer, row, why):
 def test_bad_lines_of_text_name_their_row(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_bytes(b"One.\n\xe4\nTwo.\n" + b"x" * (1 << 20) + b"x\nThree.\n")
     found = read_all(open_format("plain_text", tmp_path / "a.txt", "--pack", "document", tokenizer=tokenizer))
-    assert [str(row) for row in found if isinstance(row, BadRow)] == [
+    assert [str(row).removeprefix(f"{tmp_path}/") for row in found if isinstance(row, BadRow)] == [
         "a.txt: row 2: line: is not UTF-8 at byte 0: b'\\xe4\\n'",
         "a.txt: row 4: is longer than 1048576 bytes",
     ]
@@ -157,7 +160,7 @@ def test_bad_cells_of_parquet_are_bad_rows(tmp_path, tokenizer):
     column = pa.array([b"One.", None, b"\xff", b" ", b"Two."], pa.binary())
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     found = read_all(open_format("parquet_texts", tmp_path / "a.parquet", tokenizer=tokenizer))
-    assert [str(row) for row in found if isinstance(row, BadRow)] == [
+    assert [str(row).removeprefix(f"{tmp_path}/") for row in found if isinstance(row, BadRow)] == [
         "a.parquet: row 2: text: is null",
         "a.parquet: row 3: text: is not UTF-8 at byte 0: b'\\xff'",
         "a.parquet: row 4: text: is empty",
@@ -223,6 +226,19 @@ def test_bad_rows_do_not_shift_what_is_repeated(tmp_path, tokenizer):
     found = read_all(source)
     assert [row.text for row in found if not isinstance(row, BadRow)] == ["One.\nTwo.\nThree."]
     assert sum(isinstance(row, BadRow) for row in found) == 2
+
+
+def test_a_dead_worker_of_dedup_is_one_line(tmp_path, tokenizer, monkeypatch):
+    paths = [write_plain(tmp_path / f"{number}.txt") for number in range(3)]
+    packing = Packing(tokenizer, repeated=tmp_path / "repeated.npy", workers=2, reopen=_die)
+    with pytest.raises(VlscaleError, match=r"0\.txt: --dedup: a worker process was killed") as raised:
+        PlainText(paths, packing).parts()
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "repeated.npy").exists()
+
+
+def _die():
+    os._exit(1)
 
 
 def test_a_corpus_is_imported_by_the_command_line(tmp_path, tokenizer):

@@ -9,6 +9,8 @@ from data_tools.import_images import main, run
 from tests.data_tools.feature_files import Picture, bottom_up_row, write_lines
 from tests.data_tools.test_import_bottom_up import lxmert_row
 from tests.data_tools.test_import_unimo import coco_row, flickr_row, snli_row
+from tests.data_tools.test_import_uniter import as_msgpack, as_npz
+from tests.data_tools.test_import_uniter import write_images as write_uniter
 from tests.data_tools.test_import_vilbert import caption_items, captions_lmdb, downstream_item, downstream_lmdb
 from tests.data_tools.test_import_vinvl import one_array, predicted, wide
 from vlscale.data.store import ClassStore, ImageStore
@@ -50,7 +52,29 @@ def unimo_flickr(path):
     return ["unimo_images", write_lines(path / "x.tsv", map(flickr_row, PICTURES))]
 
 
+def uniter(path):
+    arrays = {
+        f"{each.id}.npz": {
+            "features": each.features,
+            "norm_bb": np.concatenate([each.unit_boxes, each.unit_boxes[:, 2:] - each.unit_boxes[:, :2]], 1),
+            "conf": np.linspace(0.9, 0.3, each.regions).astype(np.float32),
+            "soft_labels": each.probs,
+        }
+        for each in PICTURES
+    }
+    pack = as_npz if path.name.endswith("compressed") else as_msgpack
+    write_uniter(path / "db" / "all", {name: pack(each) for name, each in arrays.items()})
+    return ["uniter_images", path / "db"]
+
+
+def uniter_compressed(path):
+    (path / "compressed").mkdir()
+    return uniter(path / "compressed")
+
+
 FORMATS = {
+    uniter: True,
+    uniter_compressed: True,
     bottom_up: True,
     lxmert: False,
     vinvl: False,
@@ -70,7 +94,8 @@ def import_into(root, arguments):
 @pytest.mark.parametrize("write", FORMATS, ids=lambda write: write.__name__)
 def test_the_store_holds_the_sources_arrays_in_its_dtype(tmp_path, write):
     root = tmp_path / "store"
-    import_into(root, write(tmp_path))
+    arguments = write(tmp_path)
+    import_into(root, arguments)
     images = ImageStore(root / "images")
     assert images.meta.feature_dtype == "float32"
     assert len(images) == len(PICTURES)
@@ -80,8 +105,9 @@ def test_the_store_holds_the_sources_arrays_in_its_dtype(tmp_path, write):
         assert row["features"].dtype == np.float32
         np.testing.assert_array_equal(row["features"], wide(picture) if write is vinvl else picture.features)
         np.testing.assert_array_equal(row["boxes"], picture.unit_boxes)
-        assert row["id"].removesuffix(".jpg") == picture.id
-        assert (row["width"], row["height"]) == (picture.width, picture.height)
+        assert row["id"].partition(".")[0] == picture.id
+        sides = (1, 1) if arguments[0] == "uniter_images" else (picture.width, picture.height)
+        assert (row["width"], row["height"]) == sides
     if FORMATS[write]:
         classes = ClassStore(root / "classes")
         found = classes.probs(np.arange(sum(picture.regions for picture in PICTURES)))
@@ -100,4 +126,4 @@ def test_a_bad_row_stops_the_tool_with_one_line_or_is_listed(tmp_path, capsys):
     import_into(tmp_path / "other", ["bottom_up_tsv", path, "--on-error", "skip"])
     assert len(ImageStore(tmp_path / "other" / "images")) == len(PICTURES)
     dropped = [json.loads(line) for line in (tmp_path / "other" / "dropped-images.jsonl").read_text().splitlines()]
-    assert [row["where"] for row in dropped] == ["x.tsv: row 31"]
+    assert [row["where"] for row in dropped] == [f"{path}: row 31"]

@@ -229,8 +229,8 @@ def test_json_lines_beside_pictures_come_back(tmp_path):
         str(row) for row in read_all(open_format("image_folder", path, "--images", tmp_path)) if isinstance(row, BadRow)
     ]
     assert bad == [
-        f"metadata.jsonl: row 2: file_name: there is no picture '2.tar.png' in {tmp_path}",
-        f"metadata.jsonl: row 3: images[1]: there is no picture '2.tar.png' in {tmp_path}",
+        f"{path}: row 2: file_name: there is no picture '2.tar.png' in {tmp_path}",
+        f"{path}: row 3: images[1]: there is no picture '2.tar.png' in {tmp_path}",
     ]
 
 

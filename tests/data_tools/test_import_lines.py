@@ -34,9 +34,16 @@ def test_any_division_into_parts_gives_each_line_once_and_in_order(tmp_path_fact
 def test_rows_are_named_by_number_or_by_byte(tmp_path):
     path = write_lines(tmp_path / "a.tsv", ["aaaa", "bbbb", "cccc"])
     whole = rows_of([path], line_parts([path]))
-    assert [line.where for line in whole] == ["a.tsv: row 1", "a.tsv: row 2", "a.tsv: row 3"]
+    assert [line.where for line in whole] == [f"{path}: row {row}" for row in (1, 2, 3)]
     cut = rows_of([path], line_parts([path], 6))
-    assert [line.where for line in cut] == ["a.tsv: row 1", "a.tsv: row 2", "a.tsv: row at byte 10"]
+    assert [line.where for line in cut] == [f"{path}: row 1", f"{path}: row 2", f"{path}: row at byte 10"]
+
+
+def test_rows_of_files_that_are_called_alike_are_told_apart(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    paths = [write_lines(tmp_path / name / "a.tsv", ["x"]) for name in ("one", "two")]
+    assert len({line.where for line in rows_of(paths, line_parts(paths))}) == 2
 
 
 def test_parts_of_several_files_are_plain_json_and_the_same_each_time(tmp_path):
@@ -57,7 +64,7 @@ def test_a_line_that_is_too_long_is_a_bad_row_and_the_next_is_read(tmp_path):
     path = write_lines(tmp_path / "a.tsv", ["a", "x" * 5000, "b"])
     found = rows_of([path], line_parts([path]), max_line=100)
     assert isinstance(found[1], BadRow)
-    assert str(found[1]) == "a.tsv: row 2: is longer than 100 bytes"
+    assert str(found[1]) == f"{path}: row 2: is longer than 100 bytes"
     assert [found[0].data, found[2].data] == [b"a\n", b"b\n"]
 
 
@@ -125,7 +132,7 @@ def test_an_index_that_does_not_fit_is_refused(tmp_path):
 def test_chosen_rows_are_read_where_they_begin(tmp_path):
     path = write_lines(tmp_path / "a.tsv", ["aaaa", "bbbb", "cccc"])
     found = list(read_lines([path], {"file": 0, "rows": [[5, 2], [10, None]]}))
-    assert found == [Line("a.tsv: row 2", 5, b"bbbb\n", 2), Line("a.tsv: row at byte 10", 10, b"cccc\n", None)]
+    assert found == [Line(f"{path}: row 2", 5, b"bbbb\n", 2), Line(f"{path}: row at byte 10", 10, b"cccc\n", None)]
 
 
 def test_read_line_index_gives_the_positions(tmp_path):

@@ -1,11 +1,15 @@
 import argparse
 import base64
 import gzip
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from data_tools.formats import unimo_images, unimo_texts
+from data_tools.formats.unimo_images import UnimoImages
+from data_tools.formats.unimo_index import FirstRows, SeenImages, read_rows
+from data_tools.import_images import run
 from data_tools.records import BadRow, ImageLayout
 from tests.data_tools.feature_files import Picture, assert_same, b64, good, only_bad, read_all, write_lines
 from tests.golden_batches import golden_folder, load_golden
@@ -127,6 +131,75 @@ def test_a_filelist_names_the_files_beside_it(tmp_path):
         write_lines(listing, ["b", name])
         with pytest.raises(VlscaleError, match=r"filelist: row 2: .* leaves the list's folder"):
             open_source(unimo_images, [listing], "--filelist")
+
+
+def write_ids(path, rows):
+    path.write_text("".join(f"{name}\t{number}\n" for name, number in rows))
+    return path
+
+
+def test_unimos_numbers_of_the_images_are_put_beside_their_names(tmp_path):
+    ids = write_ids(tmp_path / "img_id.tsv", [(picture.id, 70 - n) for n, picture in enumerate(PICTURES)])
+    rows = list(map(flickr_row, PICTURES))
+    found = good(images_of(tmp_path, rows, "--img-id", str(ids)))
+    assert {each.id: each.extra["img_id"] for each in found} == {each.id: 70 - n for n, each in enumerate(PICTURES)}
+    assert not good(images_of(tmp_path, rows))[0].extra
+    write_ids(ids, [(picture.id, n) for n, picture in enumerate(PICTURES[1:])])
+    assert "image_id: '500' is not in --img-id" in only_bad(images_of(tmp_path, rows, "--img-id", str(ids)))
+    with pytest.raises(VlscaleError, match="is for Flickr feature files, but the source is snli_ve"):
+        images_of(tmp_path, [snli_row(PICTURES[0], "d")], "--img-id", str(ids))
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        ([("1", 2), ("1", 3)], "row 2: name: stands on an earlier row too"),
+        ([("1", 2), ("3", 2)], "row 2: number: stands on an earlier row too"),
+        ([("1", "x")], "row 1: number: 'x' is not a whole number"),
+        ([("", 2)], "row 1: name: '' is not a name"),
+        ([("1\t2", 2)], "row 1: has 3 fields, expected 2"),
+        ([], "is empty"),
+    ],
+)
+def test_bad_files_of_numbers_are_one_line(tmp_path, rows, why):
+    with pytest.raises(VlscaleError, match=rf"img_id\.tsv: {why}"):
+        unimo_images.read_img_ids(write_ids(tmp_path / "img_id.tsv", rows))
+
+
+def test_that_attr_probs_are_not_kept_is_said_once(tmp_path, capsys):
+    source = images_of(tmp_path, [coco_row(P, "c")])
+    source.parts()
+    assert capsys.readouterr().err.splitlines() == ["unimo_images: attr_probs of the COCO caption parts are not kept"]
+    assert "attr_probs" in unimo_images.HELP
+
+
+def test_what_is_kept_of_the_images_while_the_first_rows_are_found_is_small():
+    seen, rows, names = SeenImages(), FirstRows(), [f"image {n}".encode() for n in range(50_000)]
+    tracemalloc.start()
+    for n, name in enumerate(names):
+        assert seen.add(name, name) is None
+        rows.add(n << 20, n + 1)
+    parts = list(rows.spell(2048))
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert kept < 100 * len(names)
+    assert len(seen) == len(names)
+    assert [seen.add(name, name) for name in names[::100]] == [True] * 500
+    assert seen.add(names[7], b"other") is False
+    assert [row for part in parts for row in read_rows(part)] == [(n << 20, n + 1) for n in range(50_000)]
+
+
+def test_the_files_are_searched_once_for_all_jobs_of_a_build(tmp_path, monkeypatch):
+    rows = [coco_row(picture, f"{picture.id}{caption}") for caption in range(3) for picture in PICTURES]
+    path = write_lines(tmp_path / "part0.txt", rows)
+    monkeypatch.setattr(unimo_images, "ROWS_PER_PART", 5)
+    arguments = ["unimo_images", str(path), "--out", str(tmp_path / "out")]
+    run([*arguments, "--shard", "0/2"])
+    monkeypatch.setattr(UnimoImages, "_first_seen", None)  # fails if it is called
+    run([*arguments, "--shard", "1/2"])
+    with pytest.raises(VlscaleError, match=r"begun otherwise: build\.boxes"):
+        run([*arguments, "--shard", "1/2", "--boxes", "xywh"])
+    assert run([*arguments, "--merge"])["rows"] == len(PICTURES)
 
 
 P = Picture("9", regions=3)
@@ -271,7 +344,9 @@ def test_golden_snli_ve_file_is_read_exactly():
 @pytest.mark.golden
 def test_golden_flickr_features_are_read_exactly_with_the_training_readers_sizes():
     golden = load_golden("reader_retrieval", "unimo/official")
-    images = good(open_source(unimo_images, [FILES / "flickr_feats" / "part0.tsv"]))
+    options = ("--img-id", str(FILES / "img_id.tsv"))
+    images = good(open_source(unimo_images, [FILES / "flickr_feats" / "part0.tsv"], *options))
+    assert {image.id: image.extra["img_id"] for image in images} == {"101": 0, "102": 1}
     for image in images:
         assert_as_read(image, golden[f"out.feat_{image.id}"].numpy(), golden[f"out.train_loc_{image.id}"].numpy())
     texts = good(open_source(unimo_texts, [FILES / "flickr_caption.txt"]))

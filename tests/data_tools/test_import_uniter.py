@@ -3,6 +3,8 @@
 import importlib
 import io
 import json
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -221,6 +223,62 @@ def test_a_truncated_database_is_refused_before_it_is_read(tmp_path):
         lmdb_files.open_lmdb(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("fill", [b"\0", b"\xff", b"\7"])
+def test_a_damaged_page_is_one_line_wherever_it_is(tmp_path, fill):
+    """In another process, because liblmdb aborts it at some of them unless the pages are looked at first."""
+    folder = write_images(tmp_path / "all", {name: as_msgpack(arrays_of(1, 4)) for name in names_of(60)})
+    data = (folder / "data.mdb").read_bytes()
+    pages = len(data) // 4096
+    assert pages > 6
+    folders = []
+    for page in range(2, pages):
+        folders.append(tmp_path / f"{page}" / "all")
+        folders[-1].mkdir(parents=True)
+        (folders[-1] / "data.mdb").write_bytes(data[: page * 4096] + fill * 4096 + data[(page + 1) * 4096 :])
+    code = (
+        "import sys, pathlib\n"
+        "from data_tools.formats import uniter_images, vilbert_lmdb\n"
+        "from vlscale.errors import VlscaleError\n"
+        "for name in sys.argv[1:]:\n"
+        "    path = pathlib.Path(name)\n"
+        "    source, part = uniter_images.source_of([path]), {'folder': 0, 'count': 99}\n"
+        "    part['first'] = 'coco_val2014_000000000000.npz'\n"
+        "    reads = [source.layout, source.parts, lambda: list(source.read(part))]\n"
+        "    reads += [lambda: vilbert_lmdb.lmdb_parts([path], 5), lambda: list(vilbert_lmdb.records(path, part))]\n"
+        "    for read in reads:\n"
+        "        try:\n"
+        "            read()\n"
+        "        except VlscaleError as error:\n"
+        "            assert 'damaged' in str(error), error\n"
+        "            print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, *map(str, folders)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == 5 * len(folders)
+
+
+def test_what_lmdb_itself_finds_is_one_line(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "all", {name: as_msgpack(arrays_of(1, 4)) for name in names_of(60)})
+    data = bytearray((folder / "data.mdb").read_bytes())
+    key = names_of(1)[0].encode()
+    (first,) = [at for at in range(8192, len(data), 4096) if data[at + 10] == 2 and key in data[at : at + 4096]]
+    data[first : first + 4096] = bytes(4096)
+    (folder / "data.mdb").write_bytes(data)
+    monkeypatch.setattr(lmdb_files, "page_problem", lambda *_: "")
+    source = uniter_images.source_of([folder])
+    part = {"folder": 0, "first": names_of(1)[0], "count": 9}
+    for read in (source.layout, source.parts, lambda: list(source.read(part))):
+        with pytest.raises(VlscaleError, match=r"all: damaged .*; download it again"):
+            read()
+
+
+def test_databases_of_every_depth_pass_the_look_at_their_pages(tmp_path):
+    for count in (0, 1, 100, 20_000):
+        folder = write_lmdb(tmp_path / f"{count}", {f"{n:0200d}": b"x" * 20 for n in range(count)})
+        assert lmdb_files.open_lmdb(folder).stat()["depth"] == {0: 0, 1: 1, 100: 2, 20_000: 4}[count]
+        assert sum(part["count"] for part in lmdb_files.key_parts(folder, 7)) == count
+
+
 def test_several_variants_have_to_be_chosen_from(tmp_path):
     for folder in ("all", "feat_numbb36"):
         write_images(tmp_path / folder, {"a.npz": as_msgpack(arrays_of(0, 3))})
@@ -238,11 +296,13 @@ def test_several_variants_have_to_be_chosen_from(tmp_path):
     (["uniter_images", "x", "--out", "y", "--max-region", "9"], "--max-region"),
     (["uniter_images", "x", "--out", "y", "--shard", "3/3"], "3/3"),
     (["uniter_images", "x", "--out", "y", "--min-regions", "3"], "--min-confidence"),
-    (["uniter_images", "x", "--out", "y"], "x: cannot be read"),
-    (["uniter_images", "x", "--out", "y", "--vg-image-data", "z"], "--exclude-karpathy"),
+    (["uniter_images", "gone", "--out", "y"], "gone: no such file"),
+    (["uniter_images", "x", "--out", "y"], "x"),
+    (["uniter_images", "x", "--out", "y", "--vg-image-data", "x"], "--exclude-karpathy"),
 ])  # fmt: skip
 def test_mistakes_on_the_command_line_are_one_line(tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
     with pytest.raises(SystemExit) as raised:
         import_images_main(arguments)
     assert raised.value.code == 2
@@ -317,6 +377,50 @@ def test_the_command_line_imports_texts_with_a_vocabulary(tmp_path):
     arguments = [str(folder), "--out", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "vocab.txt")]
     assert run(["uniter-texts", *arguments])["rows"] == len(TASKS)
     assert TextStore(tmp_path / "out/texts").meta.vocabulary.tokens[5:] == tuple("abcdefg")
+
+
+BERT = ["[PAD]", *(f"[unused{n}]" for n in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused100]"]
+LATER = [f"[unused{n}]" for n in range(101, 995)]
+CASED = Vocabulary.from_tokens([*BERT, LATER[0], "!", *(f"Word{n}" for n in range(28_889))])
+UNCASED = Vocabulary.from_tokens([*BERT, *LATER, "!", *(f"word{n}" for n in range(29_522))])
+
+
+def test_berts_cased_and_uncased_vocabularies_are_told_apart_though_their_special_ids_are_equal(tmp_path):
+    spans = {"cased": (CASED, [106, 28996]), "uncased": (UNCASED, [999, 30522])}
+    for name, (vocabulary, span) in spans.items():
+        assert [vocabulary.tokens.index("!"), vocabulary.size] == span
+        meta = {"CLS": 101, "SEP": 102, "MASK": 103, "UNK": 100, "v_range": span, "bert": f"bert-base-{name}"}
+        source = uniter_texts.UniterTexts((write_texts(tmp_path / name, {"x": {"input_ids": [200]}}, meta),))
+        for other, (given, _) in spans.items():
+            if other == name:
+                source.check_vocabulary(given)
+            else:
+                with pytest.raises(VlscaleError, match=rf"v_range .* give the vocabulary of 'bert-base-{name}'"):
+                    source.check_vocabulary(given)
+
+
+@pytest.mark.parametrize(
+    ("span", "why"),
+    [
+        ([106, 28990], "does not fit the 28996 word pieces"),
+        ([106, 30000], "does not fit the 28996 word pieces"),
+        ([105, 28996], "begins with '!' at 105, but --tokenizer has it at 106"),
+        ([28996, 106], "does not fit"),
+        ([-1, 28996], "does not fit"),
+        ([106, 28996.0], "expected two integers"),
+        ([False, 28996], "expected two integers"),
+        ([0, 10**300], "does not fit"),
+        ([106], "expected two integers"),
+        (None, "expected two integers"),
+    ],
+)
+def test_a_range_of_another_vocabulary_is_refused(tmp_path, span, why):
+    meta = {"CLS": 101, "SEP": 102, "MASK": 103, "UNK": 100, "v_range": span, "toker": "bert-base-cased"}
+    folder = write_texts(tmp_path / "txt", {"x": {"input_ids": [200]}}, meta)
+    with pytest.raises(VlscaleError, match=r"meta\.json: v_range") as raised:
+        uniter_texts.UniterTexts((folder,)).check_vocabulary(CASED)
+    assert why in str(raised.value)
+    assert len(str(raised.value)) < 400
 
 
 def test_every_format_of_the_registry_has_a_command_line():

@@ -52,16 +52,78 @@ def test_texts_that_follow_others_are_the_end_of_the_joined_text(trained):
     assert trained.marks_following == (trained.encode(first) + trained.encode(second) != joined)
 
 
-def test_the_fingerprint_is_that_of_the_file(tmp_path):
-    for kind in KINDS:
-        folder = small_tokenizer(tmp_path / kind, kind)
-        file = next(folder.iterdir())
-        tokenizer = load_tokenizer(file)
-        assert tokenizer.vocabulary.fingerprint == hashlib.sha256(file.read_bytes()).hexdigest()
-        if tokenizer.to_json() is not None:
-            again = tmp_path / f"{kind}.json"
-            again.write_text(tokenizer.to_json(), encoding="utf-8")
-            assert load_tokenizer(again).vocabulary == tokenizer.vocabulary
+def fingerprint(path):
+    return load_tokenizer(path).vocabulary.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_the_fingerprint_does_not_depend_on_how_the_file_is_laid_out(tmp_path, kind):
+    file = next(small_tokenizer(tmp_path / "one", kind).iterdir())
+    told = json.loads(file.read_bytes())
+    shuffled = {key: told[key] for key in reversed(told)}
+    shuffled["model"]["vocab"] = dict(reversed(told["model"]["vocab"].items()))
+    if kind == "bpe":  # as releases before 0.20 wrote it
+        shuffled["model"]["merges"] = [" ".join(merge) for merge in told["model"]["merges"]]
+    shuffled["decoder"] = None
+    shuffled["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                           "pad_type_id": 0, "pad_token": "[PAD]"}  # fmt: skip
+    (tmp_path / "other.json").write_text(json.dumps(shuffled, indent=3), encoding="utf-8")
+    assert (tmp_path / "other.json").read_bytes() != file.read_bytes()
+    assert fingerprint(tmp_path / "other.json") == fingerprint(file)
+    (tmp_path / "again.json").write_text(load_tokenizer(file).to_json(), encoding="utf-8")
+    assert load_tokenizer(tmp_path / "again.json").vocabulary == load_tokenizer(file).vocabulary
+
+
+def test_vocab_txt_and_the_published_json_of_it_are_one_tokenizer(tmp_path):
+    text = write_vocab(tmp_path / "a", BERT_CASED)
+    published = json.loads(load_tokenizer(text).to_json())
+    published["post_processor"] = {"type": "BertProcessing", "sep": ["[SEP]", 102], "cls": ["[CLS]", 101]}
+    published["model"]["max_input_chars_per_word"] = 100
+    published["normalizer"]["strip_accents"] = False  # cased: the same as null
+    for indent in (None, 2):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(published, indent=indent), encoding="utf-8")
+        assert fingerprint(tmp_path) == fingerprint(text)
+
+
+def test_what_changes_the_ids_changes_the_fingerprint(tmp_path):
+    folder = write_vocab(tmp_path / "a", BERT_CASED, do_lower_case=False)
+    prints = {fingerprint(folder), fingerprint(write_vocab(tmp_path / "b", BERT_CASED, do_lower_case=True))}
+    prints.add(fingerprint(write_vocab(tmp_path / "c", [*BERT_CASED[:-1], "e"], do_lower_case=False)))
+    told = json.loads(load_tokenizer(folder).to_json())
+    for section, change in (
+        ("normalizer", {"strip_accents": True}),
+        ("normalizer", {"handle_chinese_chars": False}),
+        ("model", {"max_input_chars_per_word": 7}),
+        ("pre_tokenizer", {"type": "Whitespace"}),
+    ):
+        (tmp_path / "other.json").write_text(json.dumps({**told, section: {**told[section], **change}}))
+        prints.add(fingerprint(tmp_path / "other.json"))
+    assert len(prints) == 7
+
+
+def test_merges_are_part_of_the_fingerprint_and_their_order_too(tmp_path):
+    told = json.loads(train_bpe(ENGLISH, 300))
+    found = []
+    for number in range(2):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(told))
+        found.append(fingerprint(tmp_path))
+        told["model"]["merges"][3 + number], told["model"]["merges"][4] = (
+            told["model"]["merges"][4],
+            told["model"]["merges"][3],
+        )
+    assert found[0] != found[1]
+
+
+def test_the_fingerprint_is_the_same_for_ever(tmp_path):
+    """Stores and models keep it: whoever changes how it is made makes all of them look foreign."""
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##b"]
+    known = "c8d41230790f00a1df5c4d38d4ecaa0823b8b4cd3aeab9ba0713ae9d416288e9"
+    assert fingerprint(write_vocab(tmp_path, tokens)) == known
+
+
+def test_the_fingerprint_of_sentencepiece_is_that_of_the_file(tmp_path):
+    file = next(small_tokenizer(tmp_path, "sentencepiece").iterdir())
+    assert fingerprint(file) == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def write_vocab(folder, tokens, **config):
@@ -173,6 +235,31 @@ def test_the_command_line_trains_and_never_overwrites(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["bpe", str(tmp_path / "a.txt"), "--out", str(tmp_path / "one")])
     assert "exists; remove it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "least"), [("bpe", 260, 261), ("wordpiece", 15, 16), ("sentencepiece", 3, 16)]
+)
+def test_a_vocabulary_smaller_than_its_alphabet_is_refused(tmp_path, capsys, kind, size, least):
+    (tmp_path / "a.txt").write_text("\n".join(ENGLISH), encoding="utf-8")
+    arguments = [kind, str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--vocab-size"]
+    with pytest.raises(SystemExit):
+        main([*arguments, str(size)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(size) in line
+    assert str(least) in line
+    assert not (tmp_path / "out").exists()
+    if kind == "bpe":
+        main([*arguments, str(least)])
+        assert f"{least} word pieces" in capsys.readouterr().out
+
+
+def test_a_wordpiece_vocabulary_smaller_than_the_texts_letters_is_refused(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\n".join(ENGLISH), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["wordpiece", str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--vocab-size", "20"])
+    assert "--vocab-size 20: special tokens and letters of these texts are " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_few_texts_for_sentencepiece_are_one_line(tmp_path, capsys):
