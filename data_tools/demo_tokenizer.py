@@ -16,6 +16,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.trainers import WordPieceTrainer
 
+from data_tools.tokenizers import canonical
 from vlscale.data.schema import SPECIAL_TOKENS, Vocabulary
 from vlscale.errors import VlscaleError
 
@@ -58,7 +59,7 @@ def _finish(tokenizer: Tokenizer, where: str) -> WordPieces:
     head = max(i for i, token in enumerate(tokens) if token in _SPECIAL or _UNUSED.fullmatch(token))
     low = head + 1 if head + 1 < len(tokens) else 0
     text = tokenizer.to_str(pretty=False)
-    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    digest = hashlib.sha256(canonical(tokenizer, tokens)).hexdigest()
     vocabulary = Vocabulary.from_tokens(tokens, random_range=(low, len(tokens)), fingerprint=digest)
     return WordPieces(tokenizer, vocabulary, text)
 

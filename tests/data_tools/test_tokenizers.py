@@ -2,6 +2,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
@@ -291,3 +292,9 @@ def test_training_bpe_or_sentencepiece_gives_the_same_file_in_another_process():
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     here = train_bpe(ENGLISH, 300).encode() + train_sentencepiece(ENGLISH * 3, 70)
     assert hashlib.sha256(here).hexdigest() == other
+
+
+def test_texts_imported_with_the_demos_tokenizer_go_with_the_demos_models():
+    texts = Path(__file__).resolve().parents[1] / "fixtures/demo/train/texts"
+    known = json.loads((texts / "meta.json").read_text())["vocabulary"]["fingerprint"]
+    assert load_tokenizer(texts / "tokenizer.json").vocabulary.fingerprint == known
