@@ -10,7 +10,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,16 @@ def open_writer(folder: Path, columns: Mapping[str, str], shard_bytes: int, comp
             if self.new_shard_size >= least:
                 self.flush_shard()
                 self._reset_cache()
+
+        def write_encoded(self, rows: Sequence[bytes | memoryview]) -> None:
+            """Append rows of one column of fixed size, whose bytes are their encoding."""
+            for row in rows:
+                size = len(row) + self.extra_bytes_per_sample
+                if self.size_limit and self.size_limit < self.new_shard_size + size:
+                    self.flush_shard()
+                    self._reset_cache()
+                self.new_samples.append(row)  # type: ignore[arg-type]  # written as it is
+                self.new_shard_size += size
 
     class Writer(Plain):
         """Writes the same bytes with fewer copies of them."""

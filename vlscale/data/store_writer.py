@@ -325,11 +325,12 @@ class ClassWriter(StoreWriter):
         where = f"classes row {self.rows_written}"
         probs = floats(where, "probs", probs, self.meta.dtype)
         require_shape(where, "probs", probs, (len(probs) if probs.ndim else 0, self.meta.num_classes))
-        if len(probs) and (probs.min() < 0 or probs.max() > 1.001):
+        if len(probs) and not _are_probabilities(probs):
             span = f"{probs.min()}..{probs.max()}"
             raise VlscaleError(f"{where}: probs span {span}, expected 0..1; apply the softmax first")
-        for row in probs:
-            self._append({"probs": row})
+        if len(probs):
+            flat, width = np.ascontiguousarray(probs).data.cast("B"), probs.itemsize * probs.shape[1]
+            self._append_encoded([flat[begin : begin + width] for begin in range(0, len(flat), width)])
 
     def _check_complete(self) -> None:
         lengths = self.target.parent / "images" / "lengths.npy"
@@ -340,6 +341,13 @@ class ClassWriter(StoreWriter):
 
     def _side_files(self) -> dict[str, NDArray[Any]]:
         return {}
+
+
+def _are_probabilities(probs: NDArray[Any]) -> bool:
+    """Is everything in 0..1.001? NumPy compares float16 one by one; their bits rise with them from 0 on."""
+    if probs.dtype == np.float16 and probs.view(np.uint16).max() <= np.float16(1.001).view(np.uint16):
+        return True
+    return bool(probs.min() >= 0 and probs.max() <= 1.001)
 
 
 def _shard_ends(folder: Path) -> NDArray[np.int64]:

@@ -95,6 +95,13 @@ class StoreWriter:
         self.rows_written += 1
         return self.rows_written - 1
 
+    def _append_encoded(self, rows: list[Any]) -> None:
+        """Hand over checked rows of a store with one column of fixed size, as their bytes."""
+        if self._mds is None:
+            raise RuntimeError(f"{type(self).__name__} is a context manager: use it in a with statement")
+        self._mds.write_encoded(rows)
+        self.rows_written += len(rows)
+
     def _check_complete(self) -> None:
         """Raise if what was written does not fit together."""
 
