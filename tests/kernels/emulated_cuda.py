@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import subprocess
 import tempfile
 from pathlib import Path
@@ -12,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlscale.kernels.ipot import cuda_backend
-from vlscale.kernels.ipot.function import Kept, Settings
-from vlscale.kernels.ipot.reference import NORM_FLOOR
+from vlscale.kernels.ipot.cuda_sources import SizeClass, Source, backward_kernel, size_class
+from vlscale.kernels.ipot.function import Outcome, Packed, Settings
+from vlscale.kernels.ipot.numerics import NORM_FLOOR
 
 HERE = Path(__file__).parent
 FORWARD = """
@@ -37,18 +36,17 @@ extern "C" void run_backward(int examples, const scalar* words, const scalar* re
 
 
 @functools.cache
-def library(file: str, defines: tuple[str, ...]) -> ctypes.CDLL:
-    """Compile one source with ``defines`` and load it."""
+def library(source: Source) -> ctypes.CDLL:
+    """Compile one source and load it."""
     text = "\n".join([
         '#include "emulated_cuda.h"',
-        cuda_backend.source(file).replace('extern "C" __global__', "static __global__"),
-        BACKWARD if "backward" in file else FORWARD,
+        source.text.replace('extern "C" __global__', "static __global__"),
+        BACKWARD if source.name == "ipot_backward" else FORWARD,
     ])  # fmt: skip
-    key = hashlib.sha256(repr((text, (HERE / "emulated_cuda.h").read_text(), defines)).encode()).hexdigest()[:16]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"emulated-{key}.so"
+        path = Path(folder) / "emulated.so"
         command = ["g++", "-O1", "-std=c++17", "-march=native", "-w", "-fPIC", "-shared", f"-I{HERE}", "-x", "c++", "-"]
-        done = subprocess.run([*command, *(f"-D{d}" for d in defines), "-o", str(path)], input=text, text=True)
+        done = subprocess.run([*command, *(f"-D{d}" for d in source.defines), "-o", str(path)], input=text, text=True)
         assert done.returncode == 0
         return ctypes.CDLL(str(path))
 
@@ -67,42 +65,27 @@ def call(function: ctypes._NamedFuncPointer, *arguments: Tensor | int | float) -
 class EmulatedKernel:
     """``CudaKernel`` on CPU tensors; ``tile`` and ``log_form`` override its choice."""
 
-    def __init__(self, tile: cuda_backend.SizeClass | None = None, log_form: bool | None = None) -> None:
+    def __init__(self, tile: SizeClass | None = None, log_form: bool | None = None) -> None:
         self.tile, self.log_form = tile, log_form
 
-    def forward(
-        self, words: Tensor, regions: Tensor, cu_words: Tensor, cu_regions: Tensor, settings: Settings
-    ) -> tuple[Tensor, Tensor, Kept]:
-        tile = self.tile or cuda_backend.size_class(settings.max_words, settings.max_regions)
-        log_form = cuda_backend.needs_log_form(settings.beta, tile) if self.log_form is None else self.log_form
-        examples = cu_words.numel() - 1
-        # Whatever a kernel forgets to write is seen.
-        plan = torch.full((examples, settings.max_regions, settings.max_words), float("nan"))
-        distance, kept = torch.full((examples,), float("nan")), Kept.empty(words, regions, torch.float32)
-        for tensor in kept.__dict__.values():
-            tensor.fill_(float("nan"))
-        library_ = library("ipot_large.cu" if tile.large else "ipot_tile.cu", tile.defines(words.dtype, log_form))
+    def forward(self, inputs: Packed, settings: Settings, outcome: Outcome) -> None:
+        tile = self.tile or size_class(settings.max_words, settings.max_regions)
+        log_form = tile.needs_log_form(settings.beta) if self.log_form is None else self.log_form
+        for tensor in (outcome.plan, outcome.distance, *outcome.kept.tensors):
+            tensor.fill_(float("nan"))  # whatever a kernel forgets to write is seen
         call(
-            library_.run_forward, examples, words, regions, cu_words.long(), cu_regions.long(), words.shape[1],
-            settings.beta, settings.iterations, settings.inner_iterations, NORM_FLOOR, settings.max_words,
-            settings.max_regions, plan, distance, *kept.__dict__.values(),
+            library(tile.forward_kernel(inputs.words.dtype, log_form)).run_forward, inputs.examples, inputs.words,
+            inputs.regions, inputs.cu_words, inputs.cu_regions, inputs.hidden, settings.beta, settings.iterations,
+            settings.inner_iterations, NORM_FLOOR, settings.max_words, settings.max_regions, outcome.plan,
+            outcome.distance, *outcome.kept.tensors,
         )  # fmt: skip
-        return distance, plan, kept
 
-    def backward(
-        self,
-        words: Tensor,
-        regions: Tensor,
-        cu_words: Tensor,
-        cu_regions: Tensor,
-        plan: Tensor,
-        kept: Kept,
-        gradient: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        found = torch.full_like(words, float("nan")), torch.full_like(regions, float("nan"))
+    def backward(self, inputs: Packed, outcome: Outcome, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        found = torch.full_like(inputs.words, float("nan")), torch.full_like(inputs.regions, float("nan"))
+        _, tall, wide = outcome.plan.shape
         call(
-            library("ipot_backward.cu", cuda_backend.LARGE.defines(words.dtype, True)).run_backward, len(gradient),
-            words, regions, cu_words.long(), cu_regions.long(), words.shape[1], plan.shape[2], plan.shape[1], plan,
-            gradient, *kept.__dict__.values(), *found,
+            library(backward_kernel(inputs.words.dtype)).run_backward, inputs.examples, inputs.words, inputs.regions,
+            inputs.cu_words, inputs.cu_regions, inputs.hidden, wide, tall, outcome.plan, gradient,
+            *outcome.kept.tensors, *found,
         )  # fmt: skip
         return found

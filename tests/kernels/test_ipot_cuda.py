@@ -9,8 +9,9 @@ import torch
 
 from tests.kernels.test_ipot import make_pairs
 from vlscale.kernels import ipot
-from vlscale.kernels.ipot import cuda_backend, nvrtc
-from vlscale.kernels.ipot.cuda_backend import LARGE, TILES, CudaKernel, SizeClass, needs_log_form, size_class
+from vlscale.kernels.ipot import nvrtc
+from vlscale.kernels.ipot.cuda_backend import CudaKernel
+from vlscale.kernels.ipot.cuda_sources import LARGE, TILES, TYPES, SizeClass, backward_kernel, size_class
 from vlscale.kernels.ipot.function import Settings, run
 
 CASES = [(tile, log_form) for tile in TILES for log_form in (False, True)] + [(LARGE, True)]
@@ -105,16 +106,13 @@ def test_sources_compile_and_stay_in_registers(architecture, dtype):
     except OSError as error:
         pytest.skip(str(error))
     for tile, log_form in CASES:
-        file = "ipot_large.cu" if tile.large else "ipot_tile.cu"
-        made = nvrtc.compile_kernel(cuda_backend.source(file), file, architecture, tile.defines(dtype, log_form))
+        made = tile.forward_kernel(dtype, log_form).compiled(architecture)
         assert made.cubin[:4] == b"\x7fELF"
         threads = 32 * tile.warps
         assert 0 < made.figure("registers") * threads <= 65_536
         assert made.figure("bytes spill stores") <= (256 if tile == TILES[3] else 0)
         assert 0 < made.figure("bytes smem") <= 48 << 10
-    made = nvrtc.compile_kernel(
-        cuda_backend.source("ipot_backward.cu"), "ipot_backward.cu", architecture, LARGE.defines(dtype, True)
-    )
+    made = backward_kernel(dtype).compiled(architecture)
     assert made.figure("registers") <= 96
     assert made.figure("bytes spill stores") == 0
 
@@ -150,14 +148,14 @@ def test_the_smallest_tile_is_taken():
     assert size_class(512, 100) == LARGE
     with pytest.raises(ValueError, match="at most 1024 words and 512 regions of an example, got 1025 and 3"):
         size_class(1025, 3)
-    assert not needs_log_form(0.05, TILES[3])
-    assert needs_log_form(0.03, TILES[3])
-    assert needs_log_form(0.5, LARGE)
+    assert not TILES[3].needs_log_form(0.05)
+    assert TILES[3].needs_log_form(0.03)
+    assert LARGE.needs_log_form(0.5)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", list(cuda_backend.TYPES))
+@pytest.mark.parametrize("dtype", list(TYPES))
 @pytest.mark.parametrize("beta", [0.5, 0.1, 0.05, 0.01])
 def test_on_a_gpu(dtype, beta):
     for sizes in (SMALL, [(60, 100), (33, 1)], [(100, 128), (1, 1)], [(512, 100), (0, 7), (300, 36)]):

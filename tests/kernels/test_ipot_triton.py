@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests.kernels.test_ipot_cuda import SMALL, check
-from vlscale.kernels.ipot.triton_backend import TritonKernel, needs_log_form, tile_of
+from vlscale.kernels.ipot.numerics import COSINE_RANGE, needs_log_form
+from vlscale.kernels.ipot.triton_backend import TritonKernel, tile_of
 
 triton = pytest.importorskip("triton")
 INTERPRETED = Path(__file__).with_name("interpreted_triton.py")
@@ -92,8 +93,8 @@ def test_tiles_and_forms():
     assert (tile_of(512, 100).words, tile_of(512, 100).regions) == (512, 128)
     with pytest.raises(ValueError, match="at most 65536 pairs of a word and a region, got 513 words and 128 regions"):
         tile_of(513, 128)
-    assert not needs_log_form(0.05, 60, 100)
-    assert needs_log_form(0.01, 1, 1)
+    assert not needs_log_form(COSINE_RANGE, 0.05, 60 * 100)
+    assert needs_log_form(COSINE_RANGE, 0.01, 1)
 
 
 @pytest.mark.gpu

@@ -12,6 +12,17 @@ INTEGERS = (torch.int32, torch.int64)
 MAX_LENGTH = 1 << 20
 
 
+def nvidia_problem(device: torch.device, least: tuple[int, int]) -> str | None:
+    """Why ``device`` is no NVIDIA GPU of at least the compute capability ``least``, or None."""
+    if device.type != "cuda":
+        return f"it is for NVIDIA GPUs, not for {device}"
+    if torch.version.hip is not None:
+        return "it is for NVIDIA GPUs, this PyTorch is for AMD's"
+    if torch.cuda.get_device_capability(device) < least:
+        return f"it needs sm_{least[0]}{least[1]} or later"
+    return None
+
+
 def check_settings(beta: float, iterations: int, inner_iterations: int) -> None:
     """Refuse settings that IPOT is not defined for.
 
@@ -108,6 +119,8 @@ def check_lengths(name: str, lengths: Tensor, rows: Tensor) -> None:
 def _check_rows(name: str, rows: Tensor) -> None:
     if rows.dim() != 2 or rows.dtype not in FLOATS:
         raise ValueError(f"{name} is {rows.dtype} {list(rows.shape)}, expected a float tensor [N, H]")
+    if not rows.is_contiguous():  # kernels read it as it lies, and a copy unasked is a cost unseen
+        raise ValueError(f"{name} is not contiguous (strides {list(rows.stride())}): hand over {name}.contiguous()")
 
 
 def _check_pair(words: Tensor, regions: Tensor) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vlscale.kernels.ipot import native
-from vlscale.kernels.ipot.function import Kept, Settings
-from vlscale.kernels.ipot.reference import NORM_FLOOR
+from vlscale.kernels.ipot.function import Outcome, Packed, Settings, computing_dtype
+from vlscale.kernels.ipot.numerics import NORM_FLOOR
 
 _NAMES = {torch.float32: "float", torch.float64: "double"}
 
@@ -26,51 +26,34 @@ def problem(device: torch.device) -> str | None:
 class CpuKernel:
     """See :class:`vlscale.kernels.ipot.function.Kernel`. Half precision is computed in float32."""
 
-    def forward(
-        self, words: Tensor, regions: Tensor, cu_words: Tensor, cu_regions: Tensor, settings: Settings
-    ) -> tuple[Tensor, Tensor, Kept]:
+    def forward(self, inputs: Packed, settings: Settings, outcome: Outcome) -> None:
         """Distances, plans and what the backward pass needs."""
-        words, regions, cu_words, cu_regions = _prepared(words, regions, cu_words, cu_regions)
-        examples, dtype = cu_words.numel() - 1, words.dtype
-        plan = torch.empty(examples, settings.max_regions, settings.max_words, dtype=dtype)
-        distance, kept = torch.empty(examples, dtype=dtype), Kept.empty(words, regions, dtype)
+        dtype = outcome.plan.dtype
         _call(
             f"vlscale_ipot_forward_{_NAMES[dtype]}",
-            words, regions, cu_words, cu_regions, examples, words.shape[1], settings.beta,
+            *_widened(inputs, dtype), inputs.examples, inputs.hidden, settings.beta,
             _Int(settings.iterations), _Int(settings.inner_iterations), NORM_FLOOR, _Int(torch.get_num_threads()),
-            settings.max_words, settings.max_regions, plan, distance,
-            kept.inverse_word, kept.inverse_region, kept.share_word, kept.share_region,
+            settings.max_words, settings.max_regions, outcome.plan, outcome.distance, *outcome.kept.tensors,
         )  # fmt: skip
-        return distance, plan, kept
 
-    def backward(
-        self,
-        words: Tensor,
-        regions: Tensor,
-        cu_words: Tensor,
-        cu_regions: Tensor,
-        plan: Tensor,
-        kept: Kept,
-        gradient: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def backward(self, inputs: Packed, outcome: Outcome, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of words and regions."""
-        dtype = words.dtype
-        words, regions, cu_words, cu_regions = _prepared(words, regions, cu_words, cu_regions)
+        plan, given = outcome.plan, inputs.words.dtype
+        words, regions, *cu = _widened(inputs, plan.dtype)
         grad_words, grad_regions = torch.empty_like(words), torch.empty_like(regions)
         _call(
-            f"vlscale_ipot_backward_{_NAMES[words.dtype]}",
-            words, regions, cu_words, cu_regions, len(gradient), words.shape[1], _Int(torch.get_num_threads()),
-            plan.shape[2], plan.shape[1], plan, gradient,
-            kept.inverse_word, kept.inverse_region, kept.share_word, kept.share_region, grad_words, grad_regions,
+            f"vlscale_ipot_backward_{_NAMES[plan.dtype]}",
+            words, regions, *cu, inputs.examples, inputs.hidden, _Int(torch.get_num_threads()),
+            plan.shape[2], plan.shape[1], plan, gradient, *outcome.kept.tensors, grad_words, grad_regions,
         )  # fmt: skip
-        return grad_words.to(dtype), grad_regions.to(dtype)
+        return grad_words.to(given), grad_regions.to(given)
 
 
 def transport_plan(
     cost_BTR: Tensor, word_lengths: Tensor, region_counts: Tensor, beta: float, iterations: int, inner_iterations: int
 ) -> Tensor:
     """Plans [B, R, T] of given costs; see :func:`vlscale.kernels.ipot.transport_plan`."""
-    dtype = torch.float64 if cost_BTR.dtype == torch.float64 else torch.float32
+    dtype = computing_dtype(cost_BTR.dtype)
     cost = cost_BTR.detach().to(dtype).contiguous()
     examples, wide, tall = cost.shape
     plan = torch.empty(examples, tall, wide, dtype=dtype)
@@ -86,14 +69,8 @@ class _Int(int):
     """A C ``int``; other whole numbers are ``int64_t``."""
 
 
-def _prepared(words: Tensor, regions: Tensor, cu_words: Tensor, cu_regions: Tensor) -> tuple[Tensor, ...]:
-    dtype = torch.float64 if words.dtype == torch.float64 else torch.float32
-    return (
-        words.detach().to(dtype).contiguous(),
-        regions.detach().to(dtype).contiguous(),
-        cu_words.long().contiguous(),
-        cu_regions.long().contiguous(),
-    )
+def _widened(inputs: Packed, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return inputs.words.to(dtype), inputs.regions.to(dtype), inputs.cu_words, inputs.cu_regions
 
 
 def _call(name: str, *arguments: Tensor | int | float) -> None:

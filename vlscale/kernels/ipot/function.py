@@ -27,8 +27,33 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """A call's tensors, contiguous and on one device.
+
+    Attributes:
+        words, regions: [Nw, H], [Nr, H] of one float dtype.
+        cu_words, cu_regions: int64 [B+1].
+    """
+
+    words: Tensor
+    regions: Tensor
+    cu_words: Tensor
+    cu_regions: Tensor
+
+    @property
+    def examples(self) -> int:
+        """B."""
+        return self.cu_words.numel() - 1
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+        return self.words.shape[1]
+
+
+@dataclass(frozen=True)
 class Kept:
-    """What the forward pass leaves for the backward pass, all of the computing dtype.
+    """What the forward pass leaves for the backward pass, beside the plan; all of the computing dtype.
 
     Attributes:
         inverse_word, inverse_region: [Nw], [Nr], one over the (clamped) norm.
@@ -41,16 +66,47 @@ class Kept:
     share_word: Tensor
     share_region: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All four, in the order in which kernels take them."""
+        return self.inverse_word, self.inverse_region, self.share_word, self.share_region
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the forward pass writes, every element of it.
+
+    Attributes:
+        plan: [B, R, T].
+        distance: [B].
+        kept: for the backward pass.
+    """
+
+    plan: Tensor
+    distance: Tensor
+    kept: Kept
+
     @classmethod
-    def empty(cls, words: Tensor, regions: Tensor, dtype: torch.dtype) -> Kept:
-        """Allocate for packed ``words`` [Nw, H] and ``regions`` [Nr, H]."""
-        by_word = torch.empty(2, words.shape[0], dtype=dtype, device=words.device)
-        by_region = torch.empty(2, regions.shape[0], dtype=dtype, device=regions.device)
-        return cls(by_word[0], by_region[0], by_word[1], by_region[1])
+    def empty(cls, inputs: Packed, settings: Settings) -> Outcome:
+        """Allocate; float64 inputs are computed in float64, all others in float32."""
+        dtype, device = computing_dtype(inputs.words.dtype), inputs.words.device
+        by_word, by_region = (
+            torch.empty(2, len(rows), dtype=dtype, device=device) for rows in (inputs.words, inputs.regions)
+        )
+        return cls(
+            torch.empty(inputs.examples, settings.max_regions, settings.max_words, dtype=dtype, device=device),
+            torch.empty(inputs.examples, dtype=dtype, device=device),
+            Kept(by_word[0], by_region[0], by_word[1], by_region[1]),
+        )
+
+
+def computing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which inputs of ``dtype`` are computed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class Kernel(Protocol):
-    """The two passes of a compiled backend, on packed and contiguous tensors.
+    """The two passes of a compiled backend.
 
     With g the gradient of an example's distance, T its plan, and x, y rows with norms |x|, |y|:
 
@@ -59,23 +115,12 @@ class Kernel(Protocol):
     and the same for y: the gradient of ``sum(cost * T)`` with T held fast.
     """
 
-    def forward(
-        self, words: Tensor, regions: Tensor, cu_words: Tensor, cu_regions: Tensor, settings: Settings
-    ) -> tuple[Tensor, Tensor, Kept]:
-        """Return distances [B], plans [B, R, T] and what :meth:`backward` needs."""
+    def forward(self, inputs: Packed, settings: Settings, outcome: Outcome) -> None:
+        """Fill ``outcome``."""
         ...
 
-    def backward(
-        self,
-        words: Tensor,
-        regions: Tensor,
-        cu_words: Tensor,
-        cu_regions: Tensor,
-        plan: Tensor,
-        kept: Kept,
-        gradient: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the gradients of words and regions, of their dtypes, from the distances' [B]."""
+    def backward(self, inputs: Packed, outcome: Outcome, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of words and regions, of their dtype, from the distances' [B]."""
         ...
 
 
@@ -83,7 +128,8 @@ def run(
     kernel: Kernel, words: Tensor, regions: Tensor, cu_words: Tensor, cu_regions: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """Return distances [B], differentiable, and plans [B, R, T], which are not."""
-    distance, plan = _Ipot.apply(words.contiguous(), regions.contiguous(), cu_words, cu_regions, kernel, settings)
+    cu_words, cu_regions = (cu.long().contiguous() for cu in (cu_words, cu_regions))
+    distance, plan = _Ipot.apply(words, regions, cu_words, cu_regions, kernel, settings)
     return distance, plan
 
 
@@ -98,20 +144,23 @@ class _Ipot(torch.autograd.Function):
         kernel: Kernel,
         settings: Settings,
     ) -> tuple[Tensor, Tensor]:
-        distance, plan, kept = kernel.forward(words, regions, cu_words, cu_regions, settings)
+        inputs = Packed(words, regions, cu_words, cu_regions)
+        outcome = Outcome.empty(inputs, settings)
+        kernel.forward(inputs, settings, outcome)
         ctx.kernel = kernel
-        ctx.mark_non_differentiable(plan)
+        ctx.mark_non_differentiable(outcome.plan)
         ctx.save_for_backward(
-            words, regions, cu_words, cu_regions, plan,
-            kept.inverse_word, kept.inverse_region, kept.share_word, kept.share_region,
-        )  # fmt: skip
-        return distance, plan
+            words, regions, cu_words, cu_regions, outcome.plan, outcome.distance, *outcome.kept.tensors
+        )
+        return outcome.distance, outcome.plan
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        words, regions, cu_words, cu_regions, plan, *kept = ctx.saved_tensors
+        words, regions, cu_words, cu_regions, plan, distance, *kept = ctx.saved_tensors
         found = ctx.kernel.backward(
-            words, regions, cu_words, cu_regions, plan, Kept(*kept), gradient.to(plan.dtype).contiguous()
+            Packed(words, regions, cu_words, cu_regions),
+            Outcome(plan, distance, Kept(*kept)),
+            gradient.to(plan.dtype).contiguous(),
         )
         return *found, None, None, None, None

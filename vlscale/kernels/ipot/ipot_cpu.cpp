@@ -345,7 +345,7 @@ template <typename T> void solve(const T* cost, int64_t m, int64_t n, int64_t ro
     const T range = make_logits(cost, m, n, row, beta, logits);
     const Problem<T> problem{m, n, row, iterations, inner, logits, plan};
     // The plan form cuts what is below 1e-35 (1e-305), e^-80 (e^-700): so far below a word's largest entry nothing counts.
-    const T limit = std::is_same<T, double>::value ? 600 : 60;
+    const T limit = std::is_same<T, double>::value ? 600 : 60;  // PLAN_FORM_LIMITS of numerics.py
     if (range / beta + std::log(static_cast<T>(m) * static_cast<T>(n)) < limit)
         plan_form(problem, scratch);
     else

@@ -14,8 +14,9 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
+
+from vlscale.kernels.ipot.compiled_files import cache_folder, written
 
 SOURCE = Path(__file__).with_name("ipot_cpu.cpp")
 COMPILERS = ("c++", "g++", "clang++")
@@ -40,30 +41,6 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     return library, str(path)
 
 
-def cache_folder() -> Path:
-    """The folder of compiled kernels: ``$VLSCALE_CACHE``, else ``$XDG_CACHE_HOME/vlscale`` or ``~/.cache/vlscale``."""
-    chosen = os.environ.get("VLSCALE_CACHE")
-    if chosen:
-        return Path(chosen) / "kernels"
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlscale" / "kernels"
-    except RuntimeError as error:  # no home
-        raise OSError(f"no folder for compiled kernels ({error}): set VLSCALE_CACHE") from None
-
-
-def private(folder: Path) -> Path:
-    """Make ``folder`` if need be, and refuse one that others may write to: what lies in it is executed.
-
-    Raises:
-        OSError: it cannot be made, or belongs to or can be written by others.
-    """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise OSError(f"{folder}: others can write to it, so compiled kernels are not read from it; set VLSCALE_CACHE")
-    return folder
-
-
 def _build() -> Path:
     """Return the library's path, compiled now if it was not yet.
 
@@ -77,29 +54,24 @@ def _build() -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
     parts = (SOURCE.read_text(encoding="utf-8"), compiler, version, " ".join(FLAGS), _processor())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    target = private(cache_folder()) / f"ipot-{key}.so"
+    target = cache_folder() / f"ipot-{key}.so"
     if not target.exists():
         _compile(compiler, target)
     return target
 
 
 def _compile(compiler: str, target: Path) -> None:
-    """Compile into a file of its own, then rename: processes that start together do not meet half a library."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".building-", suffix=".so")
-    os.close(handle)
-    try:
-        for native in (*NATIVE, None):
-            command = [compiler, *FLAGS, *filter(None, [native]), str(SOURCE), "-o", name]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-            if done.returncode == 0:
-                os.replace(name, target)
-                return
+    with written(target) as path:
+        try:
+            for native in (*NATIVE, None):
+                command = [compiler, *FLAGS, *filter(None, [native]), str(SOURCE), "-o", str(path)]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+                if done.returncode == 0:
+                    return
+        except subprocess.TimeoutExpired:
+            raise OSError(f"{compiler} needs more than {SECONDS} seconds for {SOURCE.name}") from None
         message = next(filter(None, done.stderr.splitlines()), f"exit status {done.returncode}")
         raise OSError(f"{compiler} cannot compile {SOURCE.name}: {message}")
-    except subprocess.TimeoutExpired:
-        raise OSError(f"{compiler} needs more than {SECONDS} seconds for {SOURCE.name}") from None
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def _processor() -> str:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from vlscale.kernels.ipot.native import cache_folder, private
+from vlscale.kernels.ipot.compiled_files import cache_folder, written
 
 _NAMES = ("libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc.so.11.2")
 _FOLDERS = ("nvidia/cuda_nvrtc/lib", "nvidia/cu13/lib", "nvidia/cu12/lib")
 """Where the wheels of CUDA 12 and 13 put it, inside site-packages."""
+PREBUILT = Path(__file__).with_name("prebuilt")
+"""Kernels that were compiled when vlscale was installed (``prebuild.py``)."""
+SUFFIXES = (".cubin", ".log")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def version() -> tuple[int, int]:
 
 
 def compile_kernel(source: str, name: str, architecture: str, defines: Sequence[str] = ()) -> Compiled:
-    """Compile device source for ``architecture``; what has been compiled before comes from the cache folder.
+    """Compile device source for ``architecture``; what came compiled, or has been compiled before, is read instead.
 
     Args:
         source: CUDA C++, without includes.
@@ -79,19 +80,36 @@ def compile_kernel(source: str, name: str, architecture: str, defines: Sequence[
     Raises:
         OSError: there is no NVRTC, or the source does not compile; the first error is told.
     """
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v", *(f"-D{d}" for d in defines)]
-    key = hashlib.sha256("\0".join([source, *options, str(version())]).encode()).hexdigest()[:24]
+    options = _options(architecture, defines)
+    if shipped := _read(PREBUILT, f"{architecture}-{_key(source, options)}"):
+        return shipped
     try:
-        folder: Path | None = private(cache_folder())
+        folder, key = cache_folder(), _key(source, [*options, str(version())])
     except OSError:  # compile anew in each process
-        folder = None
-    if folder is not None and (cached := _read(folder / f"{key}.cubin", folder / f"{key}.log")):
-        return cached
+        return _compile(source, name, options)
+    found = _read(folder, key)
+    if found is None:
+        found = _compile(source, name, options)
+        _write(folder, key, found)
+    return found
+
+
+def prebuild(source: str, name: str, architecture: str, defines: Sequence[str], folder: Path) -> Compiled:
+    """Compile into ``folder``, where :func:`compile_kernel` finds it if it is :data:`PREBUILT`.
+
+    Raises:
+        OSError: see :func:`compile_kernel`.
+    """
+    options = _options(architecture, defines)
     made = _compile(source, name, options)
-    if folder is not None:
-        _write(folder / f"{key}.log", made.log.encode())
-        _write(folder / f"{key}.cubin", made.cubin)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder, f"{architecture}-{_key(source, options)}", made)
     return made
+
+
+def is_prebuilt(architecture: str) -> bool:
+    """Whether kernels for ``architecture`` came compiled, so that NVRTC is not needed."""
+    return any(PREBUILT.glob(f"{architecture}-*{SUFFIXES[0]}"))
 
 
 def _compile(source: str, name: str, options: list[str]) -> Compiled:
@@ -127,16 +145,23 @@ def _check(status: int, call: str) -> None:
         raise OSError(f"{call} failed with status {status}")
 
 
-def _read(cubin: Path, log: Path) -> Compiled | None:
+def _options(architecture: str, defines: Sequence[str]) -> list[str]:
+    return [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v", *(f"-D{d}" for d in defines)]
+
+
+def _key(source: str, parts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join([source, *parts]).encode()).hexdigest()[:24]
+
+
+def _read(folder: Path, key: str) -> Compiled | None:
     try:
+        cubin, log = (folder / f"{key}{suffix}" for suffix in SUFFIXES)
         return Compiled(cubin.read_bytes(), log.read_text(encoding="utf-8"))
     except OSError:
         return None
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write under another name first: processes that start together do not meet half a file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    os.replace(name, path)
+def _write(folder: Path, key: str, made: Compiled) -> None:
+    for suffix, content in zip(SUFFIXES, (made.cubin, made.log.encode()), strict=True):
+        with written(folder / f"{key}{suffix}") as path:
+            path.write_bytes(content)

@@ -23,14 +23,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from vlscale.kernels.ipot.function import Settings
+from vlscale.kernels.ipot.function import Settings, computing_dtype
+from vlscale.kernels.ipot.numerics import COSINE_RANGE, NORM_FLOOR, needs_log_form
 from vlscale.ragged import owners
-
-NORM_FLOOR = 1e-5
-"""Norms are clamped below by this value, so a zero vector has cost 1 to everything and a finite gradient."""
-
-COSINE_RANGE = 2.0
-"""Largest spread that cosine costs can have."""
 
 
 def ipot_packed(
@@ -81,7 +76,7 @@ def cosine_cost(words_BTH: Tensor, regions_BRH: Tensor, word_lengths: Tensor, re
     Half-precision inputs are not rounded again: their raw dot products are accumulated in float32 and divided by
     float32 norms.
     """
-    dtype = torch.float64 if words_BTH.dtype == torch.float64 else torch.float32
+    dtype = computing_dtype(words_BTH.dtype)
     word_BT, region_BR = valid(word_lengths, words_BTH.shape[1]), valid(region_counts, regions_BRH.shape[1])
     words = torch.where(word_BT[..., None], words_BTH, 0).to(dtype)
     regions = torch.where(region_BR[..., None], regions_BRH, 0).to(dtype)
@@ -117,7 +112,7 @@ def transport_plan(
         inner_iterations: updates of (delta, sigma) per outer iteration (k in the paper).
         cost_range: a known bound on max C - min C; without it the costs are looked at (one device synchronisation).
     """
-    dtype = torch.float64 if cost_BTR.dtype == torch.float64 else torch.float32
+    dtype = computing_dtype(cost_BTR.dtype)
     word_BT, region_BR = valid(word_lengths, cost_BTR.shape[1]), valid(region_counts, cost_BTR.shape[2])
     valid_BRT = region_BR[:, :, None] & word_BT[:, None, :]
     if valid_BRT.numel() == 0:
@@ -128,9 +123,7 @@ def transport_plan(
     logits_BRT = torch.where(valid_BRT, (lowest_BR1 - cost_BRT) / beta, -math.inf)
     if cost_range is None:
         cost_range = _widest(cost_BRT, valid_BRT)
-    limit = 600.0 if dtype == torch.float64 else 60.0  # so far below a word's largest entry nothing counts
-    fits = cost_range / beta + math.log(valid_BRT[0].numel()) < limit
-    form = _plan_form if fits else _log_form
+    form = _log_form if needs_log_form(cost_range, beta, valid_BRT[0].numel(), dtype) else _plan_form
     with torch.autocast(cost_BTR.device.type, enabled=False), _full_precision_products():
         return form(logits_BRT, valid_BRT, word_BT, region_BR, iterations, inner_iterations)
 

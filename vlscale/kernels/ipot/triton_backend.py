@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from vlscale.kernels.ipot.cuda_backend import PLAN_FORM_LIMIT
-from vlscale.kernels.ipot.function import Kept, Settings
-from vlscale.kernels.ipot.reference import COSINE_RANGE, NORM_FLOOR
+from vlscale.kernels.ipot.checks import nvidia_problem
+from vlscale.kernels.ipot.function import Outcome, Packed, Settings
+from vlscale.kernels.ipot.numerics import COSINE_RANGE, NORM_FLOOR, needs_log_form
 
 MOST_ELEMENTS = 512 * 128
 """Of a tile; up to 128 x 128 it lies in registers."""
@@ -35,13 +34,8 @@ class Tile:
 
 def problem(device: torch.device) -> str | None:
     """Why this backend cannot run on ``device``, or None."""
-    if device.type != "cuda":
-        return f"it is for NVIDIA GPUs, not for {device}"
-    if torch.version.hip is not None:
-        return "it is for NVIDIA GPUs, this PyTorch is for AMD's"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "it needs sm_80 or later"
-    return None if find_spec("triton") else "triton is not installed"
+    why = nvidia_problem(device, (8, 0))
+    return why or (None if find_spec("triton") else "triton is not installed")
 
 
 def tile_of(max_words: int, max_regions: int, narrow: bool = False) -> Tile:
@@ -67,60 +61,42 @@ def tile_of(max_words: int, max_regions: int, narrow: bool = False) -> Tile:
     return Tile(words, regions, columns=16 if large or narrow else 32, warps=16 if large else 8)
 
 
-def needs_log_form(beta: float, max_words: int, max_regions: int) -> bool:
-    """Whether cosine costs may be too wide for the plan form in float32."""
-    return COSINE_RANGE / beta + math.log(max_words * max_regions) >= PLAN_FORM_LIMIT
-
-
 class TritonKernel:
     """See :class:`vlscale.kernels.ipot.function.Kernel`: one launch forward, one backward."""
 
-    def forward(
-        self, words: Tensor, regions: Tensor, cu_words: Tensor, cu_regions: Tensor, settings: Settings
-    ) -> tuple[Tensor, Tensor, Kept]:
+    def forward(self, inputs: Packed, settings: Settings, outcome: Outcome) -> None:
         """Distances, plans and what the backward pass needs."""
         from vlscale.kernels.ipot import triton_kernels
 
-        examples, device = cu_words.numel() - 1, words.device
-        tile = tile_of(settings.max_words, settings.max_regions)
-        plan = torch.empty(examples, settings.max_regions, settings.max_words, device=device)
-        distance, kept = torch.empty(examples, device=device), Kept.empty(words, regions, torch.float32)
-        if examples:
-            with _device(device):
-                triton_kernels.forward[(examples,)](
-                    words, regions, cu_words.long(), cu_regions.long(), words.shape[1], settings.beta,
-                    settings.iterations, settings.inner_iterations, NORM_FLOOR, settings.max_words,
-                    settings.max_regions, plan, distance,
-                    kept.inverse_word, kept.inverse_region, kept.share_word, kept.share_region,
-                    BLOCK_M=tile.words, BLOCK_N=tile.regions, BLOCK_H=tile.columns,
-                    LOG=needs_log_form(settings.beta, settings.max_words, settings.max_regions),
-                    EXACT=_exact(words.dtype), num_warps=tile.warps, num_stages=2,
-                )  # fmt: skip
-        return distance, plan, kept
+        if not inputs.examples:
+            return
+        wide, tall, dtype = settings.max_words, settings.max_regions, inputs.words.dtype
+        tile = tile_of(wide, tall)
+        with _device(inputs.words.device):
+            triton_kernels.forward[(inputs.examples,)](
+                inputs.words, inputs.regions, inputs.cu_words, inputs.cu_regions, inputs.hidden, settings.beta,
+                settings.iterations, settings.inner_iterations, NORM_FLOOR, wide, tall,
+                outcome.plan, outcome.distance, *outcome.kept.tensors,
+                BLOCK_M=tile.words, BLOCK_N=tile.regions, BLOCK_H=tile.columns,
+                LOG=needs_log_form(COSINE_RANGE, settings.beta, wide * tall),
+                EXACT=_exact(dtype), num_warps=tile.warps, num_stages=2,
+            )  # fmt: skip
 
-    def backward(
-        self,
-        words: Tensor,
-        regions: Tensor,
-        cu_words: Tensor,
-        cu_regions: Tensor,
-        plan: Tensor,
-        kept: Kept,
-        gradient: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def backward(self, inputs: Packed, outcome: Outcome, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of words and regions."""
         from vlscale.kernels.ipot import triton_kernels
 
-        grad_words, grad_regions = torch.empty_like(words), torch.empty_like(regions)
-        tile = tile_of(plan.shape[2], plan.shape[1], narrow=_exact(words.dtype))
-        if len(gradient):
-            with _device(words.device):
-                triton_kernels.backward[(len(gradient), -(-words.shape[1] // tile.columns))](
-                    words, regions, cu_words.long(), cu_regions.long(), words.shape[1], plan.shape[2], plan.shape[1],
-                    plan, gradient, kept.inverse_word, kept.inverse_region, kept.share_word, kept.share_region,
-                    grad_words, grad_regions,
+        grad_words, grad_regions = torch.empty_like(inputs.words), torch.empty_like(inputs.regions)
+        _, tall, wide = outcome.plan.shape
+        exact = _exact(inputs.words.dtype)
+        tile = tile_of(wide, tall, narrow=exact)
+        if inputs.examples:
+            with _device(inputs.words.device):
+                triton_kernels.backward[(inputs.examples, -(-inputs.hidden // tile.columns))](
+                    inputs.words, inputs.regions, inputs.cu_words, inputs.cu_regions, inputs.hidden, wide, tall,
+                    outcome.plan, gradient, *outcome.kept.tensors, grad_words, grad_regions,
                     BLOCK_M=tile.words, BLOCK_N=tile.regions, BLOCK_H=tile.columns,
-                    EXACT=_exact(words.dtype), num_warps=tile.warps, num_stages=1,
+                    EXACT=exact, num_warps=tile.warps, num_stages=1,
                 )  # fmt: skip
         return grad_words, grad_regions
 
