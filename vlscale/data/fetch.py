@@ -18,6 +18,7 @@ import xxhash
 
 from vlscale.config_values import is_url
 from vlscale.errors import VlscaleError
+from vlscale.hashing import file_digest
 
 _CHUNK = 1 << 22
 _LOOK_S = 0.1
@@ -236,15 +237,6 @@ def _folder_bytes(folder: Path) -> int:
     return total
 
 
-def hash_of(path: Path) -> str:
-    """xxh64 (hex) of a file's bytes."""
-    found = xxhash.xxh64()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
-
-
 def size_and_hash(bytes_: int, xxh64: str | None) -> Check:
     """Return a check against a size and, if it is known, a hash."""
 
@@ -252,7 +244,7 @@ def size_and_hash(bytes_: int, xxh64: str | None) -> Check:
         size = path.stat().st_size
         if size != bytes_:
             return f"{size} bytes, expected {bytes_} by index.json"
-        found = None if xxh64 is None else hash_of(path)
+        found = None if xxh64 is None else file_digest(path, xxhash.xxh64)
         return None if found == xxh64 else f"damaged: its xxh64 is {found}, expected {xxh64} by index.json"
 
     return check

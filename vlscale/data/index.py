@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vlscale.data.schema import CODED, Meta, first_problem
 from vlscale.errors import VlscaleError
+from vlscale.hashing import file_digest
 
 INDEX_NAME = "index.json"
 HASH = "xxh64"
@@ -223,14 +224,10 @@ def file_hash(path: Path) -> str:
     Raises:
         VlscaleError: it cannot be read.
     """
-    digest = xxhash.xxh64()
     try:
-        with path.open("rb") as file:
-            while part := file.read(1 << 20):
-                digest.update(part)
+        return file_digest(path, xxhash.xxh64)
     except OSError as error:
         raise VlscaleError(f"{path}: cannot be read ({error.strerror}); {_REBUILD}") from None
-    return digest.hexdigest()
 
 
 def _shard_file(shard: _Shard) -> ShardFile:

@@ -25,12 +25,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from vlscale.config import DataSection
 from vlscale.data.cache import ShardCache
-from vlscale.data.fetch import Fetcher, NotThereError, hash_of, size_and_hash
+from vlscale.data.fetch import Fetcher, NotThereError, size_and_hash
 from vlscale.data.index import INDEX_NAME, MAX_JSON_BYTES, ShardFile, StoreIndex, read_bytes
 from vlscale.data.shard import TOO_MANY, ShardAccessError
 from vlscale.errors import VlscaleError
+from vlscale.hashing import file_digest
 
 META_NAME = "meta.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -300,7 +303,7 @@ def _known(folder: Path) -> dict[str, Any]:
 
 def _identity(path: Path) -> str | None:
     """Size and hash of a file; None if there is none."""
-    return f"{path.stat().st_size} {hash_of(path)}" if path.is_file() else None
+    return f"{path.stat().st_size} {file_digest(path, xxhash.xxh64)}" if path.is_file() else None
 
 
 def _most(folder: Path) -> int:

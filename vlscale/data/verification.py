@@ -17,7 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from vlscale.data.dataset import open_dataset
-from vlscale.data.index import HASH, INDEX_NAME, file_size, read_bytes
+from vlscale.data.index import HASH, INDEX_NAME, file_hash, file_size, read_bytes
 from vlscale.data.inspection import AnyStore, Kind, find_stores
 from vlscale.data.rows import image_problem
 from vlscale.data.store import ClassStore, ImageStore, TextStore
@@ -26,7 +26,6 @@ from vlscale.errors import VlscaleError
 MOST_LISTED = 1000
 """Problems that are kept; further ones are only counted."""
 
-_CHUNK = 1 << 22
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}", re.ASCII)
 _PROBS_ROWS = 4096
 
@@ -159,16 +158,10 @@ def _check_file(shard: _Listed) -> None:
         raise VlscaleError(f"{shard.path}: {size} bytes, expected {shard.bytes} by index.json; {cure}")
     if shard.xxh64 is None:
         raise VlscaleError(f"{shard.path}: index.json records no {HASH} for it; write the store with hashes")
-    digest = xxhash.xxh64()
-    try:
-        with shard.path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    except OSError as error:
-        raise VlscaleError(f"{shard.path}: cannot be read ({error.strerror}); {cure}") from None
-    if digest.hexdigest() != shard.xxh64:
+    found = file_hash(shard.path)
+    if found != shard.xxh64:
         raise VlscaleError(
-            f"{shard.path}: damaged: its {HASH} is {digest.hexdigest()}, expected {shard.xxh64} by index.json; {cure}"
+            f"{shard.path}: damaged: its {HASH} is {found}, expected {shard.xxh64} by index.json; {cure}"
         )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vlscale.errors import VlscaleError
+from vlscale.hashing import file_digest
 from vlscale.train.engine import Engine
 from vlscale.train.processes import Processes
 
@@ -28,7 +29,6 @@ MAX_MANIFEST_BYTES = 64 << 20
 _FOLDER = re.compile(r"step-(0|[1-9][0-9]{0,14})", re.ASCII)
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", re.ASCII)
 _RANKED = re.compile(r"(?:bf16_)?zero_pp_rank_([0-9]+)_")
-_CHUNK = 1 << 22
 _OTHERS = "resume from another checkpoint (--resume FOLDER), or start a new run in another --run_dir"
 
 
@@ -120,7 +120,7 @@ class Checkpoints:
                 try:
                     with path.open("rb") as file:
                         os.fsync(file.fileno())
-                    found[path.name] = (path.stat().st_size, _sha256(path))
+                    found[path.name] = (path.stat().st_size, file_digest(path, hashlib.sha256))
                 except OSError as error:
                     raise VlscaleError(f"checkpoint {path}: cannot be read back ({error.strerror})") from None
         return found
@@ -197,7 +197,7 @@ class Checkpoints:
                 # Every file is hashed by one rank; with fewer processes than wrote it, by the main one.
                 owner = int(ranked[1]) if ranked else 0
                 mine = owner == self._processes.rank or (self._processes.main and owner >= self._processes.world_size)
-                if mine and _sha256(path) != digest:
+                if mine and file_digest(path, hashlib.sha256) != digest:
                     raise VlscaleError(f"checkpoint {path}: its sha256 is not the manifest's")
         except OSError as error:
             return None, f"checkpoint {folder}: cannot be read ({error.strerror})"
@@ -273,14 +273,6 @@ def recipe_changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
         elif before != after:
             changes.append(f"{prefix}{key}: {before} -> {after}")
     return changes
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _write(path: Path, text: str) -> None:
