@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,11 @@ def key_parts(path: Path, size: int) -> list[dict[str, Any]]:
                 parts.append({"first": key.decode("latin-1"), "count": 0})
             parts[-1]["count"] += 1
     return parts
+
+
+def lmdb_parts(paths: Sequence[Path], size: int, name: str = "file") -> list[dict[str, Any]]:
+    """Cut several databases into ranges of keys (see :func:`key_parts`); ``name`` holds the number of the database."""
+    return [{name: number, **part} for number, path in enumerate(paths) for part in key_parts(path, size)]
 
 
 def first_part(path: Path, count: int) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from data_tools.formats.arrays import (
     whole_number,
     word,
 )
-from data_tools.formats.lmdb_files import first_part, key_parts, read_range
+from data_tools.formats.lmdb_files import first_part, lmdb_parts, read_range
 from data_tools.formats.npz import load_npz
 from data_tools.records import BadRow, ImageLayout, ImageRecord
 from vlscale.errors import VlscaleError
@@ -124,11 +124,7 @@ class UniterImages:
 
     def parts(self) -> list[dict[str, Any]]:
         """Ranges of 2,048 keys."""
-        return [
-            {"folder": number, **part}
-            for number, folder in enumerate(self.folders)
-            for part in key_parts(folder, PART_IMAGES)
-        ]
+        return lmdb_parts(self.folders, PART_IMAGES, "folder")
 
     def read(self, part: Mapping[str, Any]) -> Iterator[ImageRecord | BadRow]:
         """Yield the records of a range, in the order of their keys."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.formats.arrays import MAX_TEXT, FieldError, sentence, show, unpack_msgpack, whole_number, word
-from data_tools.formats.lmdb_files import key_parts, read_range
+from data_tools.formats.lmdb_files import lmdb_parts, read_range
 from data_tools.records import BadRow, TextRecord
 from vlscale.data.schema import Vocabulary
 from vlscale.errors import VlscaleError
@@ -81,11 +81,7 @@ class UniterTexts:
 
     def parts(self) -> list[dict[str, Any]]:
         """Ranges of 32,768 keys."""
-        return [
-            {"folder": number, **part}
-            for number, folder in enumerate(self.folders)
-            for part in key_parts(folder, PART_TEXTS)
-        ]
+        return lmdb_parts(self.folders, PART_TEXTS, "folder")
 
     def read(self, part: Mapping[str, Any]) -> Iterator[TextRecord | BadRow]:
         """Yield the records of a range, in the order of their keys."""

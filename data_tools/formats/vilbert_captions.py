@@ -13,7 +13,8 @@ from typing import Any
 
 from data_tools.formats.arrays import MAX_TEXT, FieldError, sentence, word
 from data_tools.formats.lines import file_size
-from data_tools.formats.vilbert_lmdb import RECORDS_PER_PART, lmdb_parts, parse_record, records
+from data_tools.formats.lmdb_files import key_parts
+from data_tools.formats.vilbert_lmdb import RECORDS_PER_PART, parse_record, records
 from data_tools.records import BadRow, TextRecord
 from vlscale.errors import VlscaleError
 
@@ -50,7 +51,7 @@ class VilbertCaptions:
                 file_size(path)
                 parts.append({"file": number})
             else:
-                parts += [{**part, "file": number} for part in lmdb_parts([path], self.per_part)]
+                parts += [{"file": number, **part} for part in key_parts(path, self.per_part)]
         return parts
 
     def read(self, part: Mapping[str, Any]) -> Iterator[TextRecord | BadRow]:

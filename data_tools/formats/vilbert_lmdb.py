@@ -36,7 +36,7 @@ from data_tools.formats.arrays import (
     word,
 )
 from data_tools.formats.delimited import PROBE, add_width_argument
-from data_tools.formats.lmdb_files import first_part, key_parts, read_range
+from data_tools.formats.lmdb_files import first_part, lmdb_parts, read_range
 from data_tools.formats.pickled import read_pickle
 from data_tools.records import BadRow, ImageLayout, ImageRecord
 from vlscale.errors import VlscaleError
@@ -143,11 +143,6 @@ def _layout(features: NDArray[Any], probs: NDArray[Any] | None) -> ImageLayout:
     if probs is None:
         return ImageLayout(features.shape[1], features.dtype.name)
     return ImageLayout(features.shape[1], features.dtype.name, probs.shape[1], probs.dtype.name)
-
-
-def lmdb_parts(paths: Sequence[Path], per_part: int) -> list[dict[str, Any]]:
-    """Cut LMDBs into ranges of keys, for :func:`records`."""
-    return [{"file": number, **part} for number, path in enumerate(paths) for part in key_parts(path, per_part)]
 
 
 def records(path: Path, part: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,25 @@ _LIMITS: dict[int, tuple[type[Any], int, type[Any], int]] = {
     4: (np.int32, 0x7F800000, np.uint32, 0xFF800000),
 }
 """Bits of positive and negative infinity by bytes per element."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """The images of a batch that one shard holds, B of them.
+
+    Attributes:
+        shard: the shard.
+        local: int64 [B], their rows in the shard.
+        rows: int64 [B], their rows in the store.
+        counts: int64 [B], how many of their regions are wanted.
+        firsts: int64 [B], where their regions begin in the packed arrays.
+    """
+
+    shard: Shard
+    local: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    firsts: NDArray[np.int64]
 
 
 class ImageStore(Store):
@@ -116,74 +136,49 @@ class ImageStore(Store):
         firsts = (np.cumsum(counts, dtype=np.int64) - counts)[present]
         used, kept = rows[present], counts[present].astype(np.int64)
         for shard, at, local in self._reader.by_shard(used):
-            self._write_boxes(shard, local, used[at], kept[at], firsts[at], boxes)
-            self._write_features(shard, local, used[at], kept[at], firsts[at], features)
+            found = _Found(shard, local, used[at], kept[at], firsts[at])
+            self._write_boxes(found, boxes)
+            self._write_features(found, features)
 
-    def _write_boxes(
-        self,
-        shard: Shard,
-        local: NDArray[np.int64],
-        rows: NDArray[np.int64],
-        counts: NDArray[np.int64],
-        firsts: NDArray[np.int64],
-        out: NDArray[np.float32],
-    ) -> None:
-        ((starts, shapes),) = shard.shapes(local, ["boxes"], [2])
-        self._check_shapes(rows, "boxes", shapes, 4)
-        inside = within(counts)
-        boxes = shard.elements(np.repeat(starts, counts) + 16 * inside, _BOX).view(np.float32).reshape(-1, 4)
+    def _write_boxes(self, found: _Found, out: NDArray[np.float32]) -> None:
+        ((starts, shapes),) = found.shard.shapes(found.local, ["boxes"], [2])
+        self._check_shapes(found.rows, "boxes", shapes, 4)
+        inside = within(found.counts)
+        places = np.repeat(starts, found.counts) + 16 * inside
+        boxes = found.shard.elements(places, _BOX).view(np.float32).reshape(-1, 4)
         low, high = boxes[:, :2], boxes[:, 2:]
         good = ((low >= 0) & (high <= 1) & (low < high)).all(1)
         if not good.all():
             bad = int(np.argmin(good))
             box = boxes[bad].tolist()
-            self.fail(owner(rows, counts, bad), f"box {box} is not x1 < x2, y1 < y2 inside 0..1")
-        out[np.repeat(firsts, counts) + inside] = boxes
+            self.fail(owner(found.rows, found.counts, bad), f"box {box} is not x1 < x2, y1 < y2 inside 0..1")
+        out[np.repeat(found.firsts, found.counts) + inside] = boxes
         self.bytes_read += boxes.nbytes
 
-    def _write_features(
-        self,
-        shard: Shard,
-        local: NDArray[np.int64],
-        rows: NDArray[np.int64],
-        counts: NDArray[np.int64],
-        firsts: NDArray[np.int64],
-        out: NDArray[Any],
-    ) -> None:
+    def _write_features(self, found: _Found, out: NDArray[Any]) -> None:
         if self.meta.feature_codec != "none":
-            self._decode_features(shard, local, rows, counts, firsts, out)
+            self._decode_features(found, out)
             return
-        ((starts, shapes),) = shard.shapes(local, ["features"], [2])
-        self._check_shapes(rows, "features", shapes, self.meta.feature_dim)
+        ((starts, shapes),) = found.shard.shapes(found.local, ["features"], [2])
+        self._check_shapes(found.rows, "features", shapes, self.meta.feature_dim)
         width = self.meta.feature_dim * self.feature_dtype.itemsize
-        target, source = out.reshape(-1).view(np.uint8), shard.bytes
-        spans = zip(rows.tolist(), starts.tolist(), (counts * width).tolist(), (firsts * width).tolist(), strict=True)
-        for row, start, size, first in spans:
+        target, source = out.reshape(-1).view(np.uint8), found.shard.bytes
+        spans = (found.rows, starts, found.counts * width, found.firsts * width)
+        for row, start, size, first in zip(*(each.tolist() for each in spans), strict=True):
             copied = target[first : first + size]
             copied[:] = source[start : start + size]
             self._check_finite(row, copied)
             self.bytes_read += size
 
-    def _decode_features(
-        self,
-        shard: Shard,
-        local: NDArray[np.int64],
-        rows: NDArray[np.int64],
-        counts: NDArray[np.int64],
-        firsts: NDArray[np.int64],
-        out: NDArray[Any],
-    ) -> None:
+    def _decode_features(self, found: _Found, out: NDArray[Any]) -> None:
         codec = self.meta.feature_codec
-        ((starts, sizes),) = shard.spans(local, ["features"])
-        stored = self.lengths[rows].tolist()
-        spans = zip(
-            rows.tolist(), starts.tolist(), sizes.tolist(), counts.tolist(), firsts.tolist(), stored, strict=True
-        )
-        for row, start, size, count, first, length in spans:
+        ((starts, sizes),) = found.shard.spans(found.local, ["features"])
+        spans = (found.rows, starts, sizes, found.counts, found.firsts, self.lengths[found.rows])
+        for row, start, size, count, first, length in zip(*(each.tolist() for each in spans), strict=True):
             target = out[first : first + count]
             whole = target if count == length else np.empty((length, self.meta.feature_dim), self.feature_dtype)
             try:
-                decode_into(codec, shard.bytes[start : start + size], whole)
+                decode_into(codec, found.shard.bytes[start : start + size], whole)
             except ValueError as error:
                 self.fail(row, f"features cannot be decoded ({error}) as {length} regions of {self.meta.feature_dim}")
             if whole is not target:
