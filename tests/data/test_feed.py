@@ -12,7 +12,7 @@ from tests.data.test_loader import SETTINGS, loader_of, plan_of, take
 from tests.data.test_packing import equal
 from tests.helpers import make_dataset
 from vlscale.data.dataset import open_dataset
-from vlscale.data.feed import STEPS_AHEAD, Feed, own_plan
+from vlscale.data.feed import DEALT_AHEAD, Feed, own_plan
 from vlscale.data.plan import FixedSteps, Position, evaluation_steps
 from vlscale.data.slots import Slots
 from vlscale.errors import VlscaleError
@@ -35,9 +35,9 @@ def test_planning_goes_on_while_the_consumer_works(dataset):
 
     feed = Feed(Watched(steps), Position(0, {}), 0, 1, None, 120, Slots(0, 1))
     deadline = time.monotonic() + 10
-    while len(planned) < STEPS_AHEAD + 1 and time.monotonic() < deadline:
+    while len(planned) < DEALT_AHEAD + 1 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert planned == ["plan"] * (STEPS_AHEAD + 1)
+    assert planned == ["plan"] * (DEALT_AHEAD + 1)
     assert not feed.pending
     micros = list(feed)
     assert sum(len(micro) for micro, _ in micros) == sum(map(len, steps))

@@ -15,7 +15,7 @@ from tests.data.test_packing import equal
 from tests.helpers import make_dataset
 from vlscale.data.dataset import open_dataset
 from vlscale.data.deal import accumulation
-from vlscale.data.feed import STEPS_AHEAD
+from vlscale.data.feed import DEALT_AHEAD
 from vlscale.data.loader import Loader
 from vlscale.data.plan import FixedSteps, Plan, PlanSettings, evaluation_seed, evaluation_steps
 from vlscale.errors import VlscaleError
@@ -264,7 +264,7 @@ def test_reading_ahead_is_bounded(dataset):
         time.sleep(0.3)
         # One window out, two micro-batches of one worker ahead, dealt steps that wait, and one in the making.
         assert dealt == list(range(len(dealt)))
-        assert STEPS_AHEAD < len(dealt) <= 4 + STEPS_AHEAD + 1
+        assert DEALT_AHEAD < len(dealt) <= 4 + DEALT_AHEAD + 1
 
 
 def test_waiting_is_measured(dataset):

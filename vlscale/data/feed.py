@@ -17,7 +17,7 @@ from vlscale.data.deal import PACKED, MicroBatch, Rule, deal_hand, fitting_accum
 from vlscale.data.plan import Plan, Position, Step
 from vlscale.data.slots import Slots
 
-STEPS_AHEAD = 2
+DEALT_AHEAD = 2
 """Dealt steps that wait to be given out; one more may be in the making."""
 
 _END_S = 10.0
@@ -125,7 +125,7 @@ class _Ahead:
     def put(self, item: Dealt | BaseException | None) -> bool:
         """Wait for room and append; False: closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or len(self._items) < STEPS_AHEAD)
+            self._changed.wait_for(lambda: self._closed or len(self._items) < DEALT_AHEAD)
             self._items.append(item)
             self._changed.notify_all()
             return not self._closed
@@ -143,6 +143,7 @@ class _Ahead:
         return item
 
     def close(self) -> None:
+        """Drop what waits, and wake whoever waits: both ends are told. May be called again."""
         with self._changed:
             self._closed = True
             self._items.clear()

@@ -29,12 +29,17 @@ from vlscale.hashing import file_digest
 INDEX_NAME = "index.json"
 HASH = "xxh64"
 MAX_JSON_BYTES = 64 << 20
+REBUILD = "build the store again"
+"""The cure where a store's content is wrong."""
+
+RESTORE = "restore the file or build the store again"
+"""The cure where one file of it is damaged."""
+
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}", re.ASCII)
 _COMPRESSION = re.compile(r"(br|bz2|gz|snappy|zstd)(:[0-9]{1,2})?", re.ASCII)
 _ENCODING = re.compile(r"(str|int|json)|ndarray:(float16|float32|int32)(?::([1-9][0-9]{0,7}))?", re.ASCII)
 _CODED = re.compile(CODED + r":(lossless|uint8):(float16|float32)", re.ASCII)
 AnyMeta = TypeVar("AnyMeta", bound=Meta)
-_REBUILD = "restore the file or build the store again"
 
 
 @dataclass(frozen=True)
@@ -191,9 +196,9 @@ def read_index(folder: Path, columns: Mapping[str, str], on_disk: bool = True) -
         index = _Index.model_validate_json(raw)
         content = json.loads(raw)
     except ValidationError as error:
-        raise VlscaleError(f"{path}: {first_problem(error)}; {_REBUILD}") from None
+        raise VlscaleError(f"{path}: {first_problem(error)}; {RESTORE}") from None
     except (ValueError, RecursionError) as error:
-        raise VlscaleError(f"{path}: not valid JSON ({error}); {_REBUILD}") from None
+        raise VlscaleError(f"{path}: not valid JSON ({error}); {RESTORE}") from None
     expected = tuple(Column.parse(name, columns[name]) for name in sorted(columns))
     seen: set[str] = set()
     for shard in index.shards:
@@ -227,7 +232,7 @@ def file_hash(path: Path) -> str:
     try:
         return file_digest(path, xxhash.xxh64)
     except OSError as error:
-        raise VlscaleError(f"{path}: cannot be read ({error.strerror}); {_REBUILD}") from None
+        raise VlscaleError(f"{path}: cannot be read ({error.strerror}); {RESTORE}") from None
 
 
 def _shard_file(shard: _Shard) -> ShardFile:
@@ -241,10 +246,10 @@ def _shard_file(shard: _Shard) -> ShardFile:
 def _check_columns(path: Path, shard: _Shard, expected: tuple[Column, ...]) -> None:
     where = f"{path}: shard {shard.raw_data.basename!r}"
     if not len(shard.column_names) == len(shard.column_encodings) == len(shard.column_sizes):
-        raise VlscaleError(f"{where}: column_names, column_encodings and column_sizes differ in length; {_REBUILD}")
+        raise VlscaleError(f"{where}: column_names, column_encodings and column_sizes differ in length; {RESTORE}")
     names = [column.name for column in expected]
     if shard.column_names != names:
-        raise VlscaleError(f"{where}: columns {shard.column_names}, expected {names}; {_REBUILD}")
+        raise VlscaleError(f"{where}: columns {shard.column_names}, expected {names}; {RESTORE}")
     for column, encoding, size in zip(expected, shard.column_encodings, shard.column_sizes, strict=True):
         if encoding != column.encoding:
             raise VlscaleError(
@@ -252,26 +257,26 @@ def _check_columns(path: Path, shard: _Shard, expected: tuple[Column, ...]) -> N
                 f"by the schema and meta.json; build the store again"
             )
         if size != column.size:
-            raise VlscaleError(f"{where}: column {column.name!r} has size {size}, expected {column.size}; {_REBUILD}")
+            raise VlscaleError(f"{where}: column {column.name!r} has size {size}, expected {column.size}; {RESTORE}")
 
 
 def _check_shard(path: Path, shard: _Shard, seen: set[str]) -> None:
     files = [shard.raw_data] if shard.zip_data is None else [shard.raw_data, shard.zip_data]
     for name in (file.basename for file in files):
         if not _SHARD_NAME.fullmatch(name):
-            raise VlscaleError(f"{path}: shard name {name!r} is not a plain file name inside the folder; {_REBUILD}")
+            raise VlscaleError(f"{path}: shard name {name!r} is not a plain file name inside the folder; {RESTORE}")
         if name in seen:
-            raise VlscaleError(f"{path}: shard {name!r} is listed twice; {_REBUILD}")
+            raise VlscaleError(f"{path}: shard {name!r} is listed twice; {RESTORE}")
         seen.add(name)
     name = shard.raw_data.basename
     if (shard.compression is None) != (shard.zip_data is None):
-        raise VlscaleError(f"{path}: shard {name!r}: compression and zip_data do not go together; {_REBUILD}")
+        raise VlscaleError(f"{path}: shard {name!r}: compression and zip_data do not go together; {RESTORE}")
     if shard.compression is not None and not _COMPRESSION.fullmatch(shard.compression):
         raise VlscaleError(
-            f"{path}: shard {name!r} has the compression {shard.compression!r}, which is not read here; {_REBUILD}"
+            f"{path}: shard {name!r} has the compression {shard.compression!r}, which is not read here; {RESTORE}"
         )
     if 4 * (shard.samples + 2) > shard.raw_data.bytes:
-        raise VlscaleError(f"{path}: shard {name!r} cannot hold {shard.samples} rows in its size; {_REBUILD}")
+        raise VlscaleError(f"{path}: shard {name!r} cannot hold {shard.samples} rows in its size; {RESTORE}")
 
 
 def _check_on_disk(path: Path, shard: _Shard) -> None:
@@ -284,7 +289,7 @@ def _check_on_disk(path: Path, shard: _Shard) -> None:
     size = file_size(path.parent / name, "which index.json lists")
     if size != shard.raw_data.bytes:
         raise VlscaleError(
-            f"{path.parent / name}: {size} bytes, expected {shard.raw_data.bytes} by index.json; {_REBUILD}"
+            f"{path.parent / name}: {size} bytes, expected {shard.raw_data.bytes} by index.json; {RESTORE}"
         )
 
 
@@ -303,7 +308,7 @@ def file_size(path: Path, note: str = "") -> int:
     except (OSError, ValueError, RuntimeError) as error:
         raise VlscaleError(f"{path}: cannot be read ({error})") from None
     if not stat.S_ISREG(status.st_mode):
-        raise VlscaleError(f"{path}: not a regular file; {_REBUILD}")
+        raise VlscaleError(f"{path}: not a regular file; {RESTORE}")
     if not inside:
         raise VlscaleError(f"{path}: a link that leaves its folder; copy the file, or link the whole folder")
     return status.st_size
@@ -317,7 +322,7 @@ def read_bytes(path: Path) -> bytes:
     """
     size = file_size(path)
     if size > MAX_JSON_BYTES:
-        raise VlscaleError(f"{path}: {size} bytes, more than {MAX_JSON_BYTES}; {_REBUILD}")
+        raise VlscaleError(f"{path}: {size} bytes, more than {MAX_JSON_BYTES}; {RESTORE}")
     try:
         return path.read_bytes()
     except OSError as error:
@@ -333,7 +338,7 @@ def read_meta(model: type[AnyMeta], path: Path) -> AnyMeta:
     try:
         return model.model_validate_json(read_bytes(path))
     except ValidationError as error:
-        raise VlscaleError(f"{path}: {first_problem(error)}; {_REBUILD}") from None
+        raise VlscaleError(f"{path}: {first_problem(error)}; {RESTORE}") from None
 
 
 def read_array(path: Path, dtype: str, length: int | None = None) -> NDArray[Any]:
@@ -363,10 +368,10 @@ def read_array(path: Path, dtype: str, length: int | None = None) -> NDArray[Any
         tokenize.TokenError,
     ) as error:
         detail = " ".join(str(error).split())[:200]
-        raise VlscaleError(f"{path}: not a plain .npy array ({detail}); {_REBUILD}") from None
+        raise VlscaleError(f"{path}: not a plain .npy array ({detail}); {RESTORE}") from None
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype != np.dtype(dtype).newbyteorder("<"):
         found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise VlscaleError(f"{path}: found {found}, expected one dimension of {dtype}; {_REBUILD}")
+        raise VlscaleError(f"{path}: found {found}, expected one dimension of {dtype}; {RESTORE}")
     if length is not None and len(array) != length:
-        raise VlscaleError(f"{path}: {len(array)} entries, expected {length}; {_REBUILD}")
+        raise VlscaleError(f"{path}: {len(array)} entries, expected {length}; {RESTORE}")
     return array

@@ -30,7 +30,9 @@ _log = logging.getLogger(__name__)
 Wanted = tuple[str, str, int]
 """(dataset, store, shard)"""
 
-STEPS_AHEAD = 1000
+FETCHED_AHEAD = 1000
+"""Most steps ahead of training whose shards are fetched."""
+
 CACHE_SHARE = 0.9
 """Part of the cache's limit that shards of the current step and those ahead may fill."""
 
@@ -56,7 +58,7 @@ class Prefetcher:
         plan: StepSource,
         position: Position,
         class_tasks: Collection[str] = (),
-        steps: int = STEPS_AHEAD,
+        steps: int = FETCHED_AHEAD,
         threads: int = THREADS,
     ) -> None:
         self._needs = {name: _Needs(dataset, class_tasks) for name, dataset in datasets.items() if is_cached(dataset)}
@@ -215,6 +217,7 @@ class _Needs:
         self._ends = {name: reader.ends for name, reader in readers.items()}
 
     def of(self, step: Step) -> frozenset[Wanted]:
+        """Shards of the step's texts, of their images and, if its task reads them, of the class probabilities."""
         images = step.images[step.images >= 0]
         found = {"texts": self._shards("texts", step.texts), "images": self._shards("images", images)}
         if step.task in self._class_tasks and "classes" in self._ends:

@@ -28,7 +28,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from vlscale.data.codec import decode_into, shape_of
-from vlscale.data.index import HASH, Column, ShardFile
+from vlscale.data.index import HASH, RESTORE, Column, ShardFile
 from vlscale.errors import VlscaleError
 
 MAX_CODED_ELEMENTS = 1 << 28
@@ -37,7 +37,6 @@ MAX_CODED_ELEMENTS = 1 << 28
 TOO_MANY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Errors of open() and mmap() that go away when other files are closed."""
 
-_REBUILD = "restore the file or build the store again"
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 _CURES = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
@@ -66,7 +65,7 @@ class ShardAccessError(VlscaleError):
     def of(cls, what: str, error: OSError) -> ShardAccessError:
         """``what`` cannot be done because of ``error``; the cure follows from its number."""
         number = error.errno or 0
-        found = cls(f"{what} ({error.strerror or error}); {_CURES.get(number, _REBUILD)}")
+        found = cls(f"{what} ({error.strerror or error}); {_CURES.get(number, RESTORE)}")
         found.errno = number
         return found
 
@@ -74,7 +73,7 @@ class ShardAccessError(VlscaleError):
 def cannot_open(path: Path, error: OSError) -> VlscaleError:
     """Return what to raise where a shard cannot be opened: damage if it is not there, otherwise a matter of access."""
     if error.errno in _MISSING:
-        return DamagedShardError(f"{path}: cannot be opened ({error.strerror}); {_REBUILD}")
+        return DamagedShardError(f"{path}: cannot be opened ({error.strerror}); {RESTORE}")
     return ShardAccessError.of(f"{path}: cannot be opened", error)
 
 
@@ -111,13 +110,13 @@ class Shard:
         try:
             size = os.fstat(descriptor).st_size
             if size != file.bytes:
-                raise DamagedShardError(f"{self.path}: {size} bytes, expected {file.bytes} by index.json; {_REBUILD}")
+                raise DamagedShardError(f"{self.path}: {size} bytes, expected {file.bytes} by index.json; {RESTORE}")
             self._mapped = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
             return np.frombuffer(self._mapped, np.uint8)
         except OSError as error:
             raise ShardAccessError.of(f"{self.path}: cannot be memory-mapped", error) from None
         except ValueError as error:
-            raise VlscaleError(f"{self.path}: cannot be memory-mapped ({error}); {_REBUILD}") from None
+            raise VlscaleError(f"{self.path}: cannot be memory-mapped ({error}); {RESTORE}") from None
         finally:
             os.close(descriptor)
 
@@ -137,17 +136,17 @@ class Shard:
         found = xxhash.xxh64_hexdigest(self.bytes.data)
         if found != file.xxh64:
             raise DamagedShardError(
-                f"{self.path}: damaged: its {HASH} is {found}, expected {file.xxh64} by index.json; {_REBUILD}"
+                f"{self.path}: damaged: its {HASH} is {found}, expected {file.xxh64} by index.json; {RESTORE}"
             )
 
     def _read_offsets(self, samples: int) -> NDArray[np.int64]:
         found = int(self.bytes[:4].view("<u4")[0])
         if found != samples:
-            raise DamagedShardError(f"{self.path}: holds {found} rows, expected {samples} by index.json; {_REBUILD}")
+            raise DamagedShardError(f"{self.path}: holds {found} rows, expected {samples} by index.json; {RESTORE}")
         header = 4 * (samples + 2)
         offsets = self.bytes[4:header].view("<u4").astype(np.int64)
         if offsets[0] < header or offsets[-1] != len(self.bytes) or np.any(offsets[1:] <= offsets[:-1]):
-            raise DamagedShardError(f"{self.path}: the row offsets do not rise inside the file; {_REBUILD}")
+            raise DamagedShardError(f"{self.path}: the row offsets do not rise inside the file; {RESTORE}")
         return offsets
 
     def spans(self, rows: NDArray[np.int64], names: Sequence[str]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
@@ -328,4 +327,4 @@ class Shard:
             self._fail(rows[int(np.argmin(holds))], problem)
 
     def _fail(self, row: Any, problem: str) -> None:
-        raise VlscaleError(f"{self.path}: row {int(row)} of the shard {problem}; {_REBUILD}")
+        raise VlscaleError(f"{self.path}: row {int(row)} of the shard {problem}; {RESTORE}")

@@ -17,15 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlscale.data.image_store import ImageStore
-from vlscale.data.index import read_array, read_meta
+from vlscale.data.index import REBUILD, read_array, read_meta
+from vlscale.data.lengths import rises
 from vlscale.data.reader import FilesOf
 from vlscale.data.schema import ClassesMeta, TextsMeta, class_columns, text_columns
-from vlscale.data.store_base import Store, check_lengths, lengths_of, owner, rises, within
+from vlscale.data.store_base import Store, check_lengths, lengths_of, owner, within
 from vlscale.errors import VlscaleError
 
 __all__ = ["ClassStore", "ImageStore", "TextStore"]
 
-_REBUILD = "build the store again"
 _MOST_PROBABLE = 1.001
 
 
@@ -44,10 +44,10 @@ class TextStore(Store):
         super().__init__(folder, text_columns(self.meta), verify, files)
         check_lengths(self.folder, self.lengths, "text", "tokens")
         ptr = self.image_ptr
-        if ptr[0] != 0 or ptr[-1] != len(self.image_refs) or not rises(ptr):
+        if ptr[-1] != len(self.image_refs) or not rises(ptr):
             raise VlscaleError(
                 f"{folder / 'image_ptr.npy'}: does not rise from 0 to the {len(self.image_refs)} entries of "
-                f"image_refs.npy; {_REBUILD}"
+                f"image_refs.npy; {REBUILD}"
             )
 
     @cached_property

@@ -10,11 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlscale.data.chunks import slices
-from vlscale.data.index import read_index
+from vlscale.data.index import REBUILD, read_index
 from vlscale.data.reader import FilesOf, MdsReader
 from vlscale.errors import VlscaleError
-
-_REBUILD = "build the store again"
 
 
 class Store:
@@ -63,7 +61,7 @@ class Store:
 
     def fail(self, row: int, problem: str) -> NoReturn:
         """Raise a VlscaleError that names the store and the row."""
-        raise VlscaleError(f"{self.folder}: row {row}: {problem}; {_REBUILD}")
+        raise VlscaleError(f"{self.folder}: row {row}: {problem}; {REBUILD}")
 
 
 def check_lengths(folder: Path, lengths: NDArray[np.int32], what: str, of: str) -> None:
@@ -79,12 +77,6 @@ def check_lengths(folder: Path, lengths: NDArray[np.int32], what: str, of: str) 
                 f"{folder / 'lengths.npy'}: {what} row {row} has {lengths[row]} {of}, expected at least 1; "
                 f"leave it out and build the store again"
             )
-
-
-def rises(array: NDArray[np.int64]) -> bool:
-    """No entry is smaller than the one before."""
-    parts = slices(len(array) - 1)
-    return all(bool((array[part.start + 1 : part.stop + 1] >= array[part]).all()) for part in parts)
 
 
 def lengths_of(folder: Path, lengths: NDArray[np.int32], rows: NDArray[np.int64]) -> NDArray[np.int32]:

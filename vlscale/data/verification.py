@@ -17,7 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from vlscale.data.dataset import open_dataset
-from vlscale.data.index import HASH, INDEX_NAME, file_hash, file_size, read_bytes
+from vlscale.data.index import HASH, INDEX_NAME, RESTORE, file_hash, file_size, read_bytes
 from vlscale.data.inspection import AnyStore, Kind, find_stores
 from vlscale.data.rows import image_problem
 from vlscale.data.store import ClassStore, ImageStore, TextStore
@@ -152,16 +152,15 @@ def _verify_shards(kind: Kind, folder: Path, report: Verification, progress: Pro
 
 
 def _check_file(shard: _Listed) -> None:
-    cure = "restore the file or build the store again"
     size = file_size(shard.path, "which index.json lists")
     if size != shard.bytes:
-        raise VlscaleError(f"{shard.path}: {size} bytes, expected {shard.bytes} by index.json; {cure}")
+        raise VlscaleError(f"{shard.path}: {size} bytes, expected {shard.bytes} by index.json; {RESTORE}")
     if shard.xxh64 is None:
         raise VlscaleError(f"{shard.path}: index.json records no {HASH} for it; write the store with hashes")
     found = file_hash(shard.path)
     if found != shard.xxh64:
         raise VlscaleError(
-            f"{shard.path}: damaged: its {HASH} is {found}, expected {shard.xxh64} by index.json; {cure}"
+            f"{shard.path}: damaged: its {HASH} is {found}, expected {shard.xxh64} by index.json; {RESTORE}"
         )
 
 
