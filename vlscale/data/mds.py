@@ -10,10 +10,10 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -23,6 +23,11 @@ from vlscale.data.codec import decode_into, encode, shape_of
 from vlscale.data.index import HASH
 from vlscale.data.schema import CODED
 from vlscale.errors import VlscaleError
+
+if TYPE_CHECKING:
+    from streaming import MDSWriter as _Base
+else:
+    _Base = object  # streaming is imported late: open_writer puts its MDSWriter beneath these classes
 
 MAX_SHARD_BYTES = 1 << 31
 
@@ -52,60 +57,8 @@ def open_writer(folder: Path, columns: Mapping[str, str], shard_bytes: int, comp
 
     register_encodings()
 
-    class Plain(MDSWriter):
-        """Writes no empty shard before a row that is larger than a shard."""
-
-        def flush_shard(self) -> None:
-            if self.new_samples:
-                super().flush_shard()
-
-        def end_shard(self, least: int) -> None:
-            """Begin a new shard, if this one has ``least`` bytes."""
-            if self.new_shard_size >= least:
-                self.flush_shard()
-                self._reset_cache()
-
-        def write_encoded(self, rows: Sequence[bytes | memoryview]) -> None:
-            """Append rows of one column of fixed size, whose bytes are their encoding."""
-            for row in rows:
-                size = len(row) + self.extra_bytes_per_sample
-                if self.size_limit and self.size_limit < self.new_shard_size + size:
-                    self.flush_shard()
-                    self._reset_cache()
-                self.new_samples.append(row)  # type: ignore[arg-type]  # written as it is
-                self.new_shard_size += size
-
-    class Writer(Plain):
-        """Writes the same bytes with fewer copies of them."""
-
-        def encode_sample(self, sample: dict[str, Any]) -> bytes:
-            pieces: list[Any] = []
-            sizes: list[int] = []
-            for name, encoding, fixed in zip(self.column_names, self.column_encodings, self.column_sizes, strict=True):
-                piece = _array(encoding, sample[name]) or [mds_encode(encoding, sample[name])]
-                size = sum(map(len, piece))
-                if fixed is None:
-                    sizes.append(size)
-                elif size != fixed:
-                    raise KeyError(f"column {name} has {size} bytes, expected {fixed}")
-                pieces += piece
-            return b"".join([np.array(sizes, np.uint32).tobytes(), *pieces])
-
-        def encode_joint_shard(self) -> Any:
-            offsets = np.cumsum([0, *map(len, self.new_samples)]) + 4 * (len(self.new_samples) + 2)
-            head = np.array([len(self.new_samples), *(offsets + len(self.config_data))], np.uint32)
-            return [head.tobytes(), self.config_data, *self.new_samples]
-
-        def _process_file(self, raw_data: Any, raw_basename: str, zip_basename: str | None) -> tuple[Any, Any]:
-            digest = xxhash.xxh64()
-            with (folder / raw_basename).open("wb") as file:
-                for piece in raw_data:
-                    digest.update(piece)
-                    file.write(piece)
-                size = file.tell()
-            return {"basename": raw_basename, "bytes": size, "hashes": {HASH: digest.hexdigest()}}, None
-
-    kind = Writer if compression is None else Plain
+    changed = _Writer if compression is None else _PlainWriter
+    kind: Any = type("Writer", (changed, MDSWriter), {"encode_value": staticmethod(mds_encode)})
     try:
         return kind(
             out=str(folder),
@@ -116,6 +69,74 @@ def open_writer(folder: Path, columns: Mapping[str, str], shard_bytes: int, comp
         )
     except ValueError as error:
         raise VlscaleError(f"{folder}: compression {compression!r}: {' '.join(str(error).split())}") from None
+
+
+class _PlainWriter(_Base):
+    """What every writer changes: whole rows as bytes, shards that end early, and no empty shard before a large row."""
+
+    def flush_shard(self) -> None:
+        """Write the shard that is under way, unless it has no rows: one row may be larger than a shard."""
+        if self.new_samples:
+            super().flush_shard()
+
+    def end_shard(self, least: int) -> None:
+        """Begin a new shard, if this one has ``least`` bytes."""
+        if self.new_shard_size >= least:
+            self.flush_shard()
+            self._reset_cache()
+
+    def write_encoded(self, rows: Sequence[bytes | memoryview]) -> None:
+        """Append rows of one column of fixed size, whose bytes are their encoding."""
+        for row in rows:
+            size = len(row) + self.extra_bytes_per_sample
+            if self.size_limit and self.size_limit < self.new_shard_size + size:
+                self.flush_shard()
+                self._reset_cache()
+            self.new_samples.append(row)  # type: ignore[arg-type]  # written as it is
+            self.new_shard_size += size
+
+
+class _Writer(_PlainWriter):
+    """Writes the same bytes with fewer copies of them; streaming's compression needs them in one piece.
+
+    Attributes:
+        encode_value: streaming's ``mds_encode``: encoding and value to bytes.
+    """
+
+    encode_value: Callable[[str, Any], bytes]
+
+    def encode_sample(self, sample: dict[str, Any]) -> bytes:
+        """Encode a row: uint32 sizes of the columns that vary, then the columns.
+
+        Raises:
+            KeyError: a column is missing, or not of its fixed size.
+        """
+        pieces: list[Any] = []
+        sizes: list[int] = []
+        for name, encoding, fixed in zip(self.column_names, self.column_encodings, self.column_sizes, strict=True):
+            piece = _array(encoding, sample[name]) or [self.encode_value(encoding, sample[name])]
+            size = sum(map(len, piece))
+            if fixed is None:
+                sizes.append(size)
+            elif size != fixed:
+                raise KeyError(f"column {name} has {size} bytes, expected {fixed}")
+            pieces += piece
+        return b"".join([np.array(sizes, np.uint32).tobytes(), *pieces])
+
+    def encode_joint_shard(self) -> Any:
+        """Return the pieces of a shard, in order: number of rows and offsets, configuration, rows."""
+        offsets = np.cumsum([0, *map(len, self.new_samples)]) + 4 * (len(self.new_samples) + 2)
+        head = np.array([len(self.new_samples), *(offsets + len(self.config_data))], np.uint32)
+        return [head.tobytes(), self.config_data, *self.new_samples]
+
+    def _process_file(self, raw_data: Any, raw_basename: str, zip_basename: str | None) -> tuple[Any, Any]:
+        digest = xxhash.xxh64()
+        with Path(self.local, raw_basename).open("wb") as file:
+            for piece in raw_data:
+                digest.update(piece)
+                file.write(piece)
+            size = file.tell()
+        return {"basename": raw_basename, "bytes": size, "hashes": {HASH: digest.hexdigest()}}, None
 
 
 def register_encodings() -> None:
@@ -130,13 +151,16 @@ def register_encodings() -> None:
 
         @classmethod
         def from_str(cls, config: str) -> CodedFeatures:
+            """Read ``<codec>:<dtype>``."""
             codec, _, dtype = config.partition(":")
             return cls(codec, dtype)
 
         def encode(self, obj: Any) -> bytes:
+            """Code features [R, D]."""
             return encode(self.codec, np.asarray(obj, self.dtype))
 
         def decode(self, data: bytes) -> Any:
+            """Return the features [R, D] that ``data`` codes."""
             blob = np.frombuffer(data, np.uint8)
             found: Any = np.empty(shape_of(blob), self.dtype)
             decode_into(self.codec, blob, found)
