@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vlscale.data.codec import decode_into, encode
+from vlscale.data.codec import encode
 from vlscale.data.index import INDEX_NAME, read_array, read_index, read_meta
 from vlscale.data.schema import (
     ClassesMeta,
@@ -45,7 +45,6 @@ class ImageWriter(StoreWriter):
 
     Attributes:
         rows: image id -> row, for :class:`TextWriter`.
-        codec_error: what ``uint8`` has lost so far.
 
     Raises:
         VlscaleError: the folder exists, or a setting is out of range.
@@ -72,7 +71,6 @@ class ImageWriter(StoreWriter):
             )
         super().__init__(root, "images", meta, image_columns(meta), shard_bytes, compression)
         self.meta = meta
-        self.codec_error = CodecError()
         self.rows: dict[str, int] = {}
         self._lengths: list[int] = []
 
@@ -115,12 +113,13 @@ class ImageWriter(StoreWriter):
         require_shape(where, "boxes", boxes, (count, 4))
         conf = np.ones(count, np.float32) if conf is None else floats(where, "conf", conf, "float32")
         require_shape(where, "conf", conf, (count,))
+        codec = self.meta.feature_codec
         row = self._append(
             {
                 "id": id,
                 "width": int(width),
                 "height": int(height),
-                "features": self._coded(features),
+                "features": features if codec == "none" else encode(codec, features),
                 "boxes": clip_boxes(where, boxes),
                 "conf": conf,
                 "extra": plain_json(where, extra),
@@ -130,42 +129,8 @@ class ImageWriter(StoreWriter):
         self._lengths.append(count)
         return row
 
-    def _coded(self, features: NDArray[Any]) -> NDArray[Any] | bytes:
-        codec = self.meta.feature_codec
-        if codec == "none":
-            return features
-        blob = encode(codec, features)
-        if codec == "uint8":
-            found = np.empty_like(features)
-            decode_into(codec, np.frombuffer(blob, np.uint8), found)
-            self.codec_error.add(features, found)
-        return blob
-
     def _side_files(self) -> dict[str, NDArray[Any]]:
         return {"lengths.npy": np.asarray(self._lengths, "<i4")}
-
-
-class CodecError:
-    """What a lossy codec loses: the largest error, and the root mean square error over that of the features."""
-
-    def __init__(self) -> None:
-        self.largest = 0.0
-        self._lost = self._total = 0.0
-
-    def add(self, before: NDArray[Any], after: NDArray[Any]) -> None:
-        """Compare features of one shape."""
-        difference = after.astype(np.float64) - before.astype(np.float64)
-        self.largest = max(self.largest, float(np.abs(difference).max(initial=0)))
-        self._lost += float(np.square(difference).sum())
-        self._total += float(np.square(before.astype(np.float64)).sum())
-
-    @property
-    def relative(self) -> float:
-        """Root mean square error over the features' own root mean square; 0 where nothing is lost."""
-        return float(np.sqrt(self._lost / self._total)) if self._total else 0.0
-
-    def __str__(self) -> str:
-        return f"largest error {self.largest:.3g}, root mean square {self.relative:.3%} of the features'"
 
 
 class TextWriter(StoreWriter):
