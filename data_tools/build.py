@@ -15,7 +15,7 @@ import vlscale
 from data_tools.build_images import Choice, ImageBuilder, find_repeated
 from data_tools.fingerprint import bytes_of
 from data_tools.merge import load_hashes, merge_stores, publish, refuse_existing, require_complete
-from data_tools.parts import Run, Work
+from data_tools.parts import PartBuilder, Run, Work
 from data_tools.records import ImageLayout, ImageSource
 from data_tools.report import collect_dropped, folder_bytes, progress_bar, show_report, sum_up, write_report
 from vlscale.data.index import read_meta
@@ -74,7 +74,7 @@ def import_images(
     builder = ImageBuilder(open_source, layout, choice, skip, work.folder / "images-repeated.json")
     if not work.merged.exists():
         with work.lock("merge", exclusive=False):
-            _build(work, parts, run, builder, console)
+            build_parts(work, parts, run, builder, console)
     if run.shard is not None:
         console.print(f"built parts {run.shard[0]} of every {run.shard[1]}; give --merge when all are built")
         return None
@@ -105,12 +105,14 @@ def _layout(work: Work, source: ImageSource, run: Run) -> ImageLayout:
 
 
 def _with_excluded(work: Work, choice: Choice, excluded: frozenset[str]) -> Choice:
-    """Write the ids to leave out where the worker processes read them."""
-    if not excluded:
-        return choice
-    path = work.folder / "images-excluded.txt"
+    return replace(choice, excluded=write_excluded(work, excluded)) if excluded else choice
+
+
+def write_excluded(work: Work, excluded: frozenset[str]) -> Path:
+    """Write the ids to leave out where the worker processes read them, and return the file."""
+    path = work.folder / f"{work.kind}-excluded.txt"
     replace_file(path, "\n".join(sorted(excluded)))
-    return replace(choice, excluded=path)
+    return path
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -120,9 +122,12 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _build(work: Work, parts: Sequence[Mapping[str, Any]], run: Run, builder: ImageBuilder, console: Console) -> None:
+def build_parts(
+    work: Work, parts: Sequence[Mapping[str, Any]], run: Run, builder: PartBuilder, console: Console
+) -> None:
+    """Build the parts that are this run's, and show how far it is."""
     numbers = run.numbers(len(parts))
-    with progress_bar(console, "images", len(numbers)) as advance:
+    with progress_bar(console, work.kind, len(numbers)) as advance:
         work.build_all(parts, numbers, builder, run.workers, lambda _, result: advance(1, result["rows"]))
 
 
@@ -151,7 +156,7 @@ def _settle_repeated(
         if result is not None and result["repeated"] != rows:
             work.rebuild_later(number)
     if repeated:
-        _build(work, parts, run, builder, console)
+        build_parts(work, parts, run, builder, console)
 
 
 def _rows(work: Work, part: int, rows: Sequence[int]) -> list[tuple[str, str]]:

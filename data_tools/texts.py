@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 import vlscale
-from data_tools.build import replace_file
+from data_tools.build import build_parts, write_excluded
 from data_tools.build_images import dropped_line, find_repeated
 from data_tools.build_texts import TextBuilder, Tokenizer
 from data_tools.fingerprint import bytes_of, describe_path
@@ -83,28 +83,13 @@ def import_texts(
     if isinstance(source, HasVocabulary):
         source.check_vocabulary(tokenizer.vocabulary)
     parts = source.parts()
-    manifest = {
-        "vlscale": vlscale.__version__,
-        "build": dict(described),
-        "parts": parts,
-        "vocabulary": tokenizer.vocabulary.fingerprint,
-        "images": _describe_images(run.root) if source.paired else None,
-    }
-    work.begin(manifest)
-    images = None
-    if source.paired:
-        images = work.folder / "texts-images"
-        if not work.merged.exists():  # otherwise it may be half removed already
-            index_images(run.root / "images", images)
-    leave_out = None
-    if excluded:
-        leave_out = work.folder / "texts-excluded.txt"
-        replace_file(leave_out, "\n".join(sorted(excluded)))
+    work.begin(_manifest(described, source, parts, tokenizer.vocabulary, run.root))
+    images = _index_images(work) if source.paired else None
+    leave_out = write_excluded(work, excluded) if excluded else None
     builder = TextBuilder(open_source, load_tokenizer, images, skip, leave_out)
     if not work.merged.exists():
-        numbers = run.numbers(len(parts))
-        with work.lock("merge", exclusive=False), progress_bar(console, "texts", len(numbers)) as advance:
-            work.build_all(parts, numbers, builder, run.workers, lambda _, result: advance(1, result["rows"]))
+        with work.lock("merge", exclusive=False):
+            build_parts(work, parts, run, builder, console)
     if run.shard is not None:
         console.print(f"built parts {run.shard[0]} of every {run.shard[1]}; give --merge when all are built")
         return None
@@ -115,11 +100,31 @@ def import_texts(
     return report
 
 
+def _manifest(
+    described: Mapping[str, Any], source: TextSource, parts: list[dict[str, Any]], vocabulary: Vocabulary, root: Path
+) -> dict[str, Any]:
+    return {
+        "vlscale": vlscale.__version__,
+        "build": dict(described),
+        "parts": parts,
+        "vocabulary": vocabulary.fingerprint,
+        "images": _describe_images(root) if source.paired else None,
+    }
+
+
 def _describe_images(root: Path) -> dict[str, Any]:
     index = root / "images" / "index.json"
     if not index.exists():
         raise VlscaleError(f"{index}: is missing; import the images that the texts refer to first, with the same --out")
     return describe_path(index)
+
+
+def _index_images(work: Work) -> Path:
+    """Where the rows of the images can be looked up by the processes that build parts."""
+    folder = work.folder / "texts-images"
+    if not work.merged.exists():  # otherwise it may be half removed already
+        index_images(work.root / "images", folder)
+    return folder
 
 
 def _fill(

@@ -194,24 +194,8 @@ class TextWriter(StoreWriter):
             VlscaleError: no tokens, an id outside the vocabulary, an unknown or repeated image, or texts out of order.
         """
         where = f"text {id!r}"
-        size = self.meta.vocabulary.size
-        try:
-            ids = np.asarray(input_ids)
-        except ValueError as error:
-            raise VlscaleError(f"{where}: input_ids are not one row of integers ({error})") from None
-        require_shape(where, "input_ids", ids, (ids.size,))
-        if not ids.size:
-            raise VlscaleError(f"{where}: no tokens; leave the text out, or look at the tokenizer")
-        if ids.dtype.kind not in "iu":
-            raise VlscaleError(f"{where}: input_ids have the dtype {ids.dtype}, expected integers")
-        if ids.min() < 0 or ids.max() >= size:
-            raise VlscaleError(f"{where}: input_ids span {ids.min()}..{ids.max()}, expected 0..{size - 1}")
-        if isinstance(images, str) or len(set(images)) != len(images):
-            raise VlscaleError(f"{where}: images must be a list of different image ids, found {images!r}")
-        unknown = [image for image in images if image not in self._image_rows]
-        if unknown:
-            raise VlscaleError(f"{where}: refers to image {unknown[0]!r}, which the images store does not have")
-        refs = [int(self._image_rows[image]) for image in images]
+        ids = self._checked_ids(where, input_ids)
+        refs = self._rows_of(where, images)
         first = refs[0] if refs else float("inf")
         if first < self._last:
             last = "no image" if self._last == float("inf") else f"row {self._last:.0f}"
@@ -225,7 +209,7 @@ class TextWriter(StoreWriter):
             {
                 "id": str(id),
                 "text": str(text),
-                "input_ids": ids.astype("<i4"),
+                "input_ids": ids,
                 "images": list(images),
                 "extra": plain_json(where, extra),
             }
@@ -235,6 +219,29 @@ class TextWriter(StoreWriter):
         self._refs.extend(refs)
         self._ptr.append(len(self._refs))
         return row
+
+    def _checked_ids(self, where: str, input_ids: ArrayLike) -> NDArray[np.int32]:
+        size = self.meta.vocabulary.size
+        try:
+            ids = np.asarray(input_ids)
+        except ValueError as error:
+            raise VlscaleError(f"{where}: input_ids are not one row of integers ({error})") from None
+        require_shape(where, "input_ids", ids, (ids.size,))
+        if not ids.size:
+            raise VlscaleError(f"{where}: no tokens; leave the text out, or look at the tokenizer")
+        if ids.dtype.kind not in "iu":
+            raise VlscaleError(f"{where}: input_ids have the dtype {ids.dtype}, expected integers")
+        if ids.min() < 0 or ids.max() >= size:
+            raise VlscaleError(f"{where}: input_ids span {ids.min()}..{ids.max()}, expected 0..{size - 1}")
+        return ids.astype("<i4")
+
+    def _rows_of(self, where: str, images: Sequence[str]) -> list[int]:
+        if isinstance(images, str) or len(set(images)) != len(images):
+            raise VlscaleError(f"{where}: images must be a list of different image ids, found {images!r}")
+        unknown = [image for image in images if image not in self._image_rows]
+        if unknown:
+            raise VlscaleError(f"{where}: refers to image {unknown[0]!r}, which the images store does not have")
+        return [int(self._image_rows[image]) for image in images]
 
     def _crosses(self, image: float) -> bool:
         """Does ``image`` lie in another shard of images than the last text's?"""
