@@ -8,7 +8,8 @@ import pytest
 from data_tools.formats import FORMATS, find_format
 from data_tools.import_texts import main
 from data_tools.tokenizers import load_tokenizer
-from tests.data_tools.test_import_captions import CAPTIONS, GENOME, coco, karpathy_image, write_gcc, write_sbu
+from tests.data_tools.test_import_captions_json import CAPTIONS, GENOME, coco, karpathy_image
+from tests.data_tools.test_import_captions_lines import write_gcc, write_sbu
 from tests.data_tools.test_import_corpora import write_jsonl, write_parquet, write_plain
 from tests.data_tools.test_import_folders import sample, write_rows, write_tar
 from tests.data_tools.test_import_vilbert import captions_lmdb
@@ -100,7 +101,7 @@ def unimo_texts(path):
 
 def uniter_texts(path):
     pytest.importorskip("lmdb")
-    from tests.data_tools.test_import_uniter import write_texts
+    from tests.data_tools.uniter_files import write_texts
 
     vocabulary = load_tokenizer(path / "tokenizer").vocabulary
     meta = {"CLS": vocabulary.cls, "SEP": vocabulary.sep, "MASK": vocabulary.mask, "UNK": vocabulary.unk}

@@ -9,10 +9,10 @@ from data_tools.import_images import main, run
 from tests.data_tools.feature_files import Picture, bottom_up_row, write_lines
 from tests.data_tools.test_import_bottom_up import lxmert_row
 from tests.data_tools.test_import_unimo import coco_row, flickr_row, snli_row
-from tests.data_tools.test_import_uniter import as_msgpack, as_npz
-from tests.data_tools.test_import_uniter import write_images as write_uniter
 from tests.data_tools.test_import_vilbert import caption_items, captions_lmdb, downstream_item, downstream_lmdb
 from tests.data_tools.test_import_vinvl import one_array, predicted, wide
+from tests.data_tools.uniter_files import as_msgpack, as_npz
+from tests.data_tools.uniter_files import write_images as write_uniter
 from vlscale.data.store import ClassStore, ImageStore
 
 PICTURES = [Picture(f"{100 + number}", 640 - number, 480, 2 + number % 5, seed=number) for number in range(30)]
