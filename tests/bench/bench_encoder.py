@@ -2,30 +2,60 @@
 
 A step is forward, backward and AdamW, on examples whose lengths are UNITER's (``uniter_lengths.npz``): texts of 5 to 60
 word pieces with 10 to 100 regions (adaptive), or with 36 (fixed). Every model has the same width, layers and heads and
-sees the same examples. ``dynamic`` pads to the longest of the batch, ``fixed`` to 62 + 100 positions. Attention is
-PyTorch's, as each model chooses it. Ratios are of real tokens per second, medians of interleaved steps in one process.
-FLOPs are counted: 24 H^2 per token and layer in matrix products, 4 L H per token and layer in attention, times three
-for a step.
+sees the same examples. ``dynamic`` pads to the longest of the batch, ``fixed`` to 62 + 100 positions; ``eager`` is
+attention in plain operators on a mask, as UNITER's own code has it. Ratios are of real tokens per second, medians of
+interleaved steps in one process. FLOPs are counted: 24 H^2 per token and layer in matrix products, 4 L H per token and
+layer in attention, times three for a step. The model FLOPs utilisation (MFU) is of real tokens, and once more of all
+positions that a model computes; its peak is the GPU's table value, on a CPU a large matrix product measured beside.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tests.bench.bench_plan import load_lengths
+from tests.bench.timing import medians
 from vlscale.models.uniter import UniterForPretraining
 from vlscale.ragged import RaggedBatch, cumulative
+from vlscale.train.metrics import peak_flops
 
-ROWS, RUNS, LAYERS, HIDDEN, FEATURES = 32, 5, 3, 768, 2048
+FEATURES = 2048
 LONGEST_TEXT, LONGEST_IMAGE, VOCABULARY = 62, 100, 1000
+OURS, YARDSTICK = "vlscale, packed", "a large product"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured: examples of a batch, layers, width, and how often.
+
+    Attributes:
+        device, dtype: of the computation; half precision is autocast over float32 weights.
+    """
+
+    rows: int
+    layers: int
+    hidden: int
+    runs: int = 5
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+
+SETTINGS = {
+    "cpu": (Setting(32, 3, 768), Setting(16, 2, 1024)),
+    "cuda": (
+        Setting(256, 12, 768, 20, "cuda", torch.bfloat16),
+        Setting(128, 24, 1024, 20, "cuda", torch.bfloat16),
+    ),
+}
+"""On a CPU a few layers of uniter-base's and uniter-large's width; on a GPU all of them."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +72,17 @@ class Examples:
     batch: RaggedBatch
 
     @property
+    def lengths(self) -> np.ndarray:
+        """Positions of each example."""
+        return self.text + self.regions
+
+    @property
     def tokens(self) -> int:
-        """Real positions."""
-        return int(self.text.sum() + self.regions.sum())
+        """Real positions of all."""
+        return int(self.lengths.sum())
 
 
-def make_examples(adaptive: bool, rows: int = ROWS, device: str = "cpu") -> Examples:
+def make_examples(adaptive: bool, rows: int, device: str = "cpu") -> Examples:
     """The first ``rows`` of the lengths, with random content."""
     lengths = load_lengths()
     text = np.minimum(lengths.tokens[:rows].astype(np.int64) + 2, LONGEST_TEXT)
@@ -75,54 +110,71 @@ def flops(lengths: np.ndarray, layers: int, hidden: int) -> float:
     return float(3 * layers * (24 * hidden**2 * lengths.sum() + 4 * hidden * (lengths.astype(np.float64) ** 2).sum()))
 
 
-def ours(examples: Examples, layers: int, hidden: int) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """vlscale's encoder on the packed batch."""
-    model = UniterForPretraining({
-        "vocab_size": VOCABULARY, "hidden_size": hidden, "num_hidden_layers": layers,
-        "num_attention_heads": hidden // 64, "intermediate_size": 4 * hidden, "feature_dim": FEATURES, "num_classes": 2,
-    })  # fmt: skip
-    return model, lambda: model.encode(examples.batch).hidden.float().square().mean()
-
-
-def padded(
-    examples: Examples, layers: int, hidden: int, kind: str, fixed: bool
-) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """``VisualBertModel``, or a ``BertModel`` as long, on padded rows; the padding does not enter the loss."""
-    from transformers import BertConfig, BertModel, VisualBertConfig, VisualBertModel
-
-    sizes = {
-        "vocab_size": VOCABULARY, "hidden_size": hidden, "num_hidden_layers": layers,
-        "num_attention_heads": hidden // 64, "intermediate_size": 4 * hidden,
+def _sizes(setting: Setting) -> dict[str, int]:
+    return {
+        "vocab_size": VOCABULARY, "hidden_size": setting.hidden, "num_hidden_layers": setting.layers,
+        "num_attention_heads": setting.hidden // 64, "intermediate_size": 4 * setting.hidden,
     }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Way:
+    """A model on the examples.
+
+    Attributes:
+        model: whose parameters are trained.
+        loss: a forward pass.
+        positions: lengths of the rows that it computes, padding included.
+    """
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    positions: np.ndarray
+
+
+def ours(examples: Examples, setting: Setting) -> Way:
+    """vlscale's encoder on the packed batch."""
+    config = {**_sizes(setting), "feature_dim": FEATURES, "num_classes": 2}
+    model = UniterForPretraining(config).to(setting.device)
+    return Way(model, lambda: model.encode(examples.batch).hidden.float().square().mean(), examples.lengths)
+
+
+def visual_bert(examples: Examples, setting: Setting, fixed: bool) -> Way:
+    """``VisualBertModel``: words and regions padded apart."""
+    from transformers import VisualBertConfig, VisualBertModel
+
     wide = LONGEST_TEXT if fixed else int(examples.text.max())
     tall = LONGEST_IMAGE if fixed else int(examples.regions.max())
-    device = examples.batch.features.device
     ids, words = _pad(examples.batch.input_ids, examples.text, wide)
     features, boxes = _pad(examples.batch.features, examples.regions, tall)
-    if kind == "VisualBertModel":
-        model: nn.Module = VisualBertModel(VisualBertConfig(**sizes, visual_embedding_dim=FEATURES)).to(device)
+    mask = torch.cat([words, boxes], 1)
+    model = VisualBertModel(VisualBertConfig(**_sizes(setting), visual_embedding_dim=FEATURES)).to(setting.device)
 
-        def loss() -> Tensor:
-            mask = torch.cat([words, boxes], 1)
-            out = model(
-                input_ids=ids, attention_mask=words.long(), visual_embeds=features, visual_attention_mask=boxes.long()
-            ).last_hidden_state
-            return (out.float().square() * mask[..., None]).sum() / (mask.sum() * hidden)
+    def loss() -> Tensor:
+        out = model(
+            input_ids=ids, attention_mask=words.long(), visual_embeds=features, visual_attention_mask=boxes.long()
+        ).last_hidden_state
+        return (out.float().square() * mask[..., None]).sum() / (mask.sum() * setting.hidden)
 
-        return model, loss
-    model = BertModel(BertConfig(**sizes, max_position_embeddings=512), add_pooling_layer=False).to(device)
-    total = (examples.text + examples.regions) if not fixed else np.full(len(examples.text), wide + tall)
-    longest = int(total.max())
-    mask = (
-        torch.arange(longest, device=device) < torch.as_tensor(examples.text + examples.regions, device=device)[:, None]
-    )
-    joined = torch.randint(5, VOCABULARY, (len(examples.text), longest), device=device)
+    return Way(model, loss, np.full(len(ids), wide + tall))
 
-    def joint_loss() -> Tensor:
+
+def bert(examples: Examples, setting: Setting, fixed: bool, attention: str = "sdpa") -> Way:
+    """A ``BertModel`` over joint sequences of the same lengths, words throughout, padded once."""
+    from transformers import BertConfig, BertModel
+
+    longest = LONGEST_TEXT + LONGEST_IMAGE if fixed else int(examples.lengths.max())
+    config = BertConfig(**_sizes(setting), max_position_embeddings=512, attn_implementation=attention)
+    model = BertModel(config, add_pooling_layer=False).to(setting.device)
+    lengths = torch.as_tensor(examples.lengths, device=setting.device)
+    mask = torch.arange(longest, device=setting.device) < lengths[:, None]
+    joined = torch.randint(5, VOCABULARY, mask.shape, device=setting.device)
+
+    def loss() -> Tensor:
         out = model(input_ids=joined, attention_mask=mask.long()).last_hidden_state
-        return (out.float().square() * mask[..., None]).sum() / (mask.sum() * hidden)
+        return (out.float().square() * mask[..., None]).sum() / (mask.sum() * setting.hidden)
 
-    return model, joint_loss
+    return Way(model, loss, np.full(len(mask), longest))
 
 
 def _pad(rows: Tensor, lengths: np.ndarray, width: int) -> tuple[Tensor, Tensor]:
@@ -133,61 +185,85 @@ def _pad(rows: Tensor, lengths: np.ndarray, width: int) -> tuple[Tensor, Tensor]
     return out, mask
 
 
-def step_of(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+def step_of(way: Way, setting: Setting) -> Callable[[], None]:
     """Forward, backward, optimiser."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    model.train()
+    optimiser = torch.optim.AdamW(way.model.parameters(), lr=1e-5, fused=True)
+    way.model.train()
 
     def step() -> None:
-        loss().backward()
+        with torch.autocast(setting.device, setting.dtype, enabled=setting.dtype != torch.float32):
+            loss = way.loss()
+        loss.backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
     return step
 
 
-def times(steps: dict[str, Callable[[], None]], runs: int) -> dict[str, float]:
-    """Median seconds of interleaved steps."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-    for _ in range(runs):
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            found[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+def rivals(examples: Examples, setting: Setting) -> dict[str, Callable[[], Way]]:
+    """Name -> what makes the rival."""
+    made: dict[str, Callable[[], Way]] = {}
+    for kind, fixed in (("dynamic", False), ("fixed", True)):
+        made[f"VisualBertModel, {kind}"] = partial(visual_bert, examples, setting, fixed)
+        made[f"BertModel, {kind}"] = partial(bert, examples, setting, fixed)
+        made[f"BertModel, {kind}, eager"] = partial(bert, examples, setting, fixed, "eager")
+    return made
 
 
-def measure(
-    adaptive: bool, rows: int = ROWS, layers: int = LAYERS, hidden: int = HIDDEN, runs: int = RUNS
-) -> dict[str, float]:
-    """Seconds per step of every model, on the same examples."""
+def measure(adaptive: bool, setting: Setting, only: str = "") -> list[dict[str, Any]]:
+    """A row for every model on the same examples, ours first; of the rivals those whose name contains ``only``."""
     torch.manual_seed(0)
-    examples = make_examples(adaptive, rows)
-    steps = {"vlscale, packed": step_of(*ours(examples, layers, hidden))}
-    for kind in ("VisualBertModel", "BertModel"):
-        for fixed in (False, True):
-            name = f"{kind}, {'fixed' if fixed else 'dynamic'}"
-            steps[name] = step_of(*padded(examples, layers, hidden, kind, fixed))
-    return times(steps, runs)
+    examples = make_examples(adaptive, setting.rows, setting.device)
+    ways = {OURS: ours(examples, setting)}
+    ways |= {name: make() for name, make in rivals(examples, setting).items() if only in name}
+    found = medians(
+        {name: step_of(way, setting) for name, way in ways.items()} | _yardstick(setting), setting.runs, setting.device
+    )
+    peak = _peak(setting, found.pop(YARDSTICK, None))
+    real = flops(examples.lengths, setting.layers, setting.hidden)
+    return [
+        {
+            "regions": "10-100" if adaptive else "36", "layers": setting.layers, "hidden": setting.hidden,
+            "examples": setting.rows, "dtype": str(setting.dtype), "way": name, "seconds": seconds,
+            "times": seconds / found[OURS], "tokens_per_s": examples.tokens / seconds,
+            "mfu_real": peak and real / seconds / peak,
+            "mfu_padded": peak and flops(ways[name].positions, setting.layers, setting.hidden) / seconds / peak,
+        }
+        for name, seconds in found.items()
+    ]  # fmt: skip
 
 
-def main() -> None:
-    """Print the tables."""
-    before = torch.get_num_threads()
+def _yardstick(setting: Setting) -> dict[str, Callable[[], object]]:
+    """On a CPU the peak is what a large product reaches; a GPU's stands in a table."""
+    if setting.device != "cpu":
+        return {}
+    a = torch.randn(2048, 2048, dtype=setting.dtype)
+    return {YARDSTICK: lambda: a @ a}
+
+
+def _peak(setting: Setting, seconds: float | None) -> float | None:
+    if seconds is not None:
+        return 2 * 2048.0**3 / seconds
+    return peak_flops(torch.device(setting.device), "bf16" if setting.dtype == torch.bfloat16 else "fp32")
+
+
+def main() -> list[dict[str, Any]]:
+    """Print the tables and return their rows."""
+    before, rows = torch.get_num_threads(), []
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    print(f"{LAYERS} layers of {HIDDEN}, {ROWS} examples, {torch.get_num_threads()} thread(s)")
-    for adaptive in (True, False):
-        examples = make_examples(adaptive)
-        real = flops(examples.text + examples.regions, LAYERS, HIDDEN)
-        print(f"\n{'10 to 100 regions' if adaptive else '36 regions'}: {examples.tokens} real tokens")
-        found = measure(adaptive)
-        base = found["vlscale, packed"]
-        for name, seconds in found.items():
-            print(f"{name:26} {examples.tokens / seconds:8,.0f} tokens/s   {seconds / base:5.2f}x the time   "
-                  f"{real / seconds / 1e9:6.1f} GFLOP/s of real tokens")  # fmt: skip
+    for setting in SETTINGS["cuda" if torch.cuda.is_available() else "cpu"]:
+        for adaptive in (True, False):
+            regions = "10 to 100 regions" if adaptive else "36 regions"
+            what = f"{setting.layers} layers of {setting.hidden}, {setting.dtype}, {setting.rows} examples, {regions}"
+            print(f"\n{what}, {torch.get_num_threads()} thread(s)")
+            found = measure(adaptive, setting)
+            for row in found:
+                utilised = (f"{100 * row[key]:5.1f} %" if row[key] else "   ?" for key in ("mfu_real", "mfu_padded"))
+                print(f"{row['way']:26} {row['tokens_per_s']:9,.0f} real tokens/s   {row['times']:5.2f}x the time   "
+                      f"MFU {' real, '.join(utilised)} padded", flush=True)  # fmt: skip
+            rows += found
     torch.set_num_threads(before)
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,94 +1,145 @@
-"""IPOT on a CPU, one thread: forward and backward of the compiled kernel, beside the loop in PyTorch.
+"""IPOT, forward and backward: vlscale's kernels beside the eager loop, torch.compile, POT and others.
 
-The rivals compute the same numbers: the eager loop is the reference backend, padded to the longest example; the same
-under ``torch.compile`` where a compiler is found. Sizes are those of UNITER's matching steps; "ragged" draws words and
-regions of each example between a third and all of them.
+Sizes are those of UNITER's matching steps; "ragged" draws words and regions of each example between a third and all of
+them. Rivals get padded tensors ready made. The floor of a CPU is the matrix products that cost and gradients cannot do
+without, measured beside; that of a GPU is the time to read the inputs (and to write gradients of their size) at the
+bandwidth of a copy measured beside, and 50 iterations of a chain of 200 clocks.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
+import os
 from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vlscale.kernels.ipot import backends, ipot_distance, reference
-from vlscale.kernels.ipot.function import Settings
-from vlscale.ragged import cumulative
+from tests.bench import ipot_rivals as rivals
+from tests.bench.ipot_rivals import ITERATIONS, Pairs
+from tests.bench.timing import medians
+from vlscale.kernels.ipot import backends, ipot_distance
 
 SIZES = ((96, 20, 36, 768), (128, 24, 50, 1024), (256, 32, 64, 1024), (256, 60, 100, 1024))
-RUNS = 7
+RUNS = {"cpu": 7, "cuda": 50}
+CHAIN_CLOCKS = 200
+"""Of one iteration, at the least: two reductions and two barriers that wait for each other."""
+LOOP = "eager loop"
 
 
-def make(examples: int, words: int, regions: int, hidden: int, ragged: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Packed words and regions with their cumulative lengths."""
-    rng = np.random.default_rng(0)
-    counts = [
-        torch.as_tensor(rng.integers(most // 3, most + 1, examples) if ragged else np.full(examples, most))
-        for most in (words, regions)
-    ]
-    x, y = (torch.randn(int(count.sum()), hidden).requires_grad_(True) for count in counts)
-    return x, y, cumulative(counts[0]), cumulative(counts[1])
+def kernels(pairs: Pairs, device: str) -> dict[str, Callable[[], Tensor]]:
+    """Every compiled backend that runs here."""
+    settings = pairs.settings
+
+    def call(name: str) -> Callable[[], Tensor]:
+        return lambda: ipot_distance(
+            pairs.words, pairs.regions, pairs.cu_words, pairs.cu_regions, backend=name,
+            max_words=settings.max_words, max_regions=settings.max_regions,
+        )  # fmt: skip
+
+    names = [name for name in backends.BACKENDS[1:] if backends.problem(name, torch.device(device)) is None]
+    return {name: call(name) for name in names}
 
 
-def times(ways: dict[str, Callable[[], object]], runs: int = RUNS) -> dict[str, float]:
-    """Median seconds of interleaved runs."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        way()
-    for _ in range(runs):
-        for name, way in ways.items():
-            begin = time.perf_counter()
-            way()
-            found[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
-
-
-def ways_of(inputs: tuple[Tensor, Tensor, Tensor, Tensor], words: int, regions: int) -> dict[str, Callable[[], object]]:
-    """The kernel and its rivals, each forward and backward."""
-
-    def step(distance: Tensor) -> None:
-        torch.autograd.grad(distance.sum(), inputs[:2])
-
-    def padded(x: Tensor, y: Tensor, cu_x: Tensor, cu_y: Tensor) -> Tensor:
-        return reference.ipot_packed(x, y, cu_x, cu_y, Settings(0.5, 50, 1, words, regions))[0]
-
-    ways: dict[str, Callable[[], object]] = {
-        "kernel": lambda: step(ipot_distance(*inputs, backend="cpu", max_words=words, max_regions=regions)),
-        "forward only": lambda: ipot_distance(*inputs, backend="cpu", max_words=words, max_regions=regions),
-        "eager loop": lambda: step(padded(*inputs)),
+def rivals_of(device: str, compile_too: bool) -> dict[str, Callable[[Pairs], Callable[[], Tensor]]]:
+    """Name -> what makes the rival for a batch."""
+    found = {
+        LOOP: rivals.loop,
+        "POT sinkhorn": lambda pairs: rivals.pot(pairs, "sinkhorn"),
+        "POT proximal": lambda pairs: rivals.pot(pairs, "proximal"),
+        "geomloss": rivals.geomloss,
     }
-    return ways
+    if compile_too:
+        found["torch.compile"] = rivals.compiled_loop
+    if device == "cuda":
+        found |= {"CUDA graph": rivals.graphed_loop, "flash-sinkhorn": rivals.flash_sinkhorn}
+    return found
 
 
-def ratio(examples: int, words: int, regions: int, hidden: int, ragged: bool = True, runs: int = RUNS) -> float:
-    """How many times as fast the kernel is as the eager loop, forward and backward, with the threads that are set."""
-    found = times(ways_of(make(examples, words, regions, hidden, ragged), words, regions), runs)
-    return found["eager loop"] / found["kernel"]
+def measure(pairs: Pairs, ways: dict[str, Callable[[], Tensor]], device: str) -> dict[str, tuple[float, float]]:
+    """Median seconds forward, and forward with backward."""
+    rows = {name: (pairs.words, pairs.regions) for name in kernels(pairs, device)}
+    padded = (pairs.padded_words, pairs.padded_regions)
+
+    def step(name: str) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(ways[name]().sum(), rows.get(name, padded))
+
+    forward = medians(ways, RUNS[device], device)
+    both = medians({name: step(name) for name in ways}, RUNS[device], device)
+    return {name: (forward[name], both[name]) for name in ways}
 
 
-def main() -> None:
-    """Print the table."""
-    why = backends.problem("cpu", torch.device("cpu"))
-    if why:
-        print(f"no compiled kernel: {why}")
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    print(f"{'B, words, regions, hidden':26} {'':7} {'eager loop':>11} {'kernel':>9} {'its fwd':>9} {'times':>6}")
+def floor(pairs: Pairs, device: str) -> tuple[float, float]:
+    """Seconds that nothing can be below, forward and with backward; see the top."""
+    if device == "cpu":
+        ways = dict(zip(("forward", "both"), rivals.products(pairs), strict=True))
+        found = medians(ways, RUNS[device])
+        used = (
+            float((pairs.cu_words.diff() * pairs.cu_regions.diff()).sum()) / pairs.cells
+        )  # rivals' products are padded
+        return used * found["forward"], used * found["both"]
+    packed = torch.cat([pairs.words.detach(), pairs.regions.detach()])
+    read = medians({"copy": packed.clone}, RUNS[device], device)["copy"] / 2
+    clock = torch.cuda.clock_rate() * 1e6
+    chain = ITERATIONS * CHAIN_CLOCKS / clock
+    return read + chain, 3 * read + chain
+
+
+def ratio(size: tuple[int, int, int, int], ragged: bool = True) -> float:
+    """How many times as fast the CPU kernel is as the eager loop, forward and backward, with as many threads as set."""
+    pairs = Pairs.draw(size, ragged)
+    found = measure(pairs, {"cpu": kernels(pairs, "cpu")["cpu"], LOOP: rivals.loop(pairs)}, "cpu")
+    return found[LOOP][1] / found["cpu"][1]
+
+
+def case(size: tuple[int, int, int, int], ragged: bool, device: str, compile_too: bool) -> list[dict[str, Any]]:
+    """One batch: a row for each way, best kernel first; what cannot run says why."""
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    pairs = Pairs.draw(size, ragged, device, dtype)
+    ways, rows = kernels(pairs, device), []
+    shape = dict(zip(("examples", "words", "regions", "hidden"), size, strict=True)) | {"ragged": ragged}
+    for name, make in rivals_of(device, compile_too).items():
+        try:
+            ways[name] = make(pairs)
+            torch.autograd.grad(ways[name]().sum(), (pairs.padded_words, pairs.padded_regions))
+        except Exception as error:  # another library, in a benchmark: say so, go on
+            ways.pop(name, None)
+            rows.append({**shape, "way": name, "not_run": str(error).strip().splitlines()[0][:200]})
+    found = measure(pairs, ways, device)
+    least = floor(pairs, device)
+    timed = [
+        {**shape, "way": name, "forward_s": forward, "both_s": both, "floor_s": least}
+        for name, (forward, both) in found.items()
+    ]
+    return timed + rows
+
+
+def main() -> list[dict[str, Any]]:
+    """Print the table and return it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    before, all_rows = torch.get_num_threads(), []
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    heads = (f"{head:>9}" for head in ("fwd", "floor", "fwd+bwd", "floor"))
+    print(f"{'B, words, regions, hidden':50}", *heads, " times the kernel")
     for size in SIZES:
         for ragged in (False, True):
-            found = times(ways_of(make(*size, ragged), size[1], size[2]))
-            eager, kernel, forward = (1000 * found[name] for name in ("eager loop", "kernel", "forward only"))
-            print(
-                f"{size!s:26} {'ragged' if ragged else 'full':7} {eager:8.1f} ms {kernel:6.1f} ms {forward:6.1f} ms "
-                f"{eager / kernel:6.1f}",
-                flush=True,
-            )
+            # Unrolling 50 iterations takes a compiler minutes on a CPU, where it does not pay: one size tells.
+            rows = case(size, ragged, device, compile_too=device == "cuda" or (size == SIZES[0] and not ragged))
+            _print(size, ragged, rows)
+            all_rows += rows
     torch.set_num_threads(before)
+    return all_rows
+
+
+def _print(size: tuple[int, int, int, int], ragged: bool, rows: list[dict[str, Any]]) -> None:
+    best = min(row["both_s"] for row in rows if row["way"] in backends.BACKENDS) if rows else 1
+    for row in rows:
+        head = f"{size!s:26} {'ragged' if ragged else 'full':7} {row['way']:15}"
+        if "not_run" in row:
+            print(f"{head} not run: {row['not_run']}", flush=True)
+            continue
+        times = (1000 * value for value in (row["forward_s"], row["floor_s"][0], row["both_s"], row["floor_s"][1]))
+        print(head, *(f"{value:6.2f} ms" for value in times), f"{row['both_s'] / best:7.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ import torch
 from tests.kernels.test_ipot import make_pairs
 from vlscale.kernels import ipot
 from vlscale.kernels.ipot import nvrtc
-from vlscale.kernels.ipot.cuda_backend import CudaKernel
-from vlscale.kernels.ipot.cuda_sources import LARGE, TILES, TYPES, SizeClass, backward_kernel, size_class
+from vlscale.kernels.ipot.cuda_sources import LARGE, TILES, SizeClass, backward_kernel, size_class
 from vlscale.kernels.ipot.function import Settings, run
 
 CASES = [(tile, log_form) for tile in TILES for log_form in (False, True)] + [(LARGE, True)]
@@ -151,14 +150,3 @@ def test_the_smallest_tile_is_taken():
     assert not TILES[3].needs_log_form(0.05)
     assert TILES[3].needs_log_form(0.03)
     assert LARGE.needs_log_form(0.5)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", list(TYPES))
-@pytest.mark.parametrize("beta", [0.5, 0.1, 0.05, 0.01])
-def test_on_a_gpu(dtype, beta):
-    for sizes in (SMALL, [(60, 100), (33, 1)], [(100, 128), (1, 1)], [(512, 100), (0, 7), (300, 36)]):
-        check(
-            CudaKernel(), sizes, beta, dtype, hidden=768, device="cuda", plan_tolerance=1e-2 if beta == 0.01 else 5e-4
-        )

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.test_ipot_cuda import SMALL, check
 from vlscale.kernels.ipot.numerics import COSINE_RANGE, needs_log_form
-from vlscale.kernels.ipot.triton_backend import TritonKernel, tile_of
+from vlscale.kernels.ipot.triton_backend import tile_of
 
 triton = pytest.importorskip("triton")
 INTERPRETED = Path(__file__).with_name("interpreted_triton.py")
@@ -95,13 +94,3 @@ def test_tiles_and_forms():
         tile_of(513, 128)
     assert not needs_log_form(COSINE_RANGE, 0.05, 60 * 100)
     assert needs_log_form(COSINE_RANGE, 0.01, 1)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize("beta", [0.5, 0.1, 0.05, 0.01])
-def test_on_a_gpu(dtype, beta):
-    for sizes in (SMALL, [(60, 100), (33, 1)], [(100, 128), (1, 1)], [(512, 100), (0, 7), (300, 36)]):
-        tolerance = 1e-2 if beta == 0.01 else 5e-4
-        check(TritonKernel(), sizes, beta, dtype, hidden=768, device="cuda", plan_tolerance=tolerance)

@@ -1,23 +1,35 @@
-"""The compiled CPU kernel is worth its compiler: a ratio in one process, interleaved, medians."""
+"""IPOT's kernel and the packed encoder on a CPU beside their rivals: ratios in one process, interleaved, medians."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from tests.bench.bench_encoder import OURS, Setting, measure
 from tests.bench.bench_ipot import ratio
 from vlscale.kernels.ipot import backends
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
-def test_forward_and_backward_on_one_thread_against_the_eager_loop():
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_ipot_forward_and_backward_against_the_eager_loop():
     why = backends.problem("cpu", torch.device("cpu"))
     if why:
         pytest.skip(why)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        found = ratio(96, 20, 36, 768, runs=5)
-    finally:
-        torch.set_num_threads(before)
-    assert found >= 2.5
+    assert ratio((96, 20, 36, 768)) >= 2.5
+
+
+def test_encoder_step_on_adaptive_region_counts_against_padded_rows():
+    pytest.importorskip("transformers")
+    first, *others = measure(True, Setting(32, 2, 768), only="VisualBertModel")
+    assert first["way"] == OURS
+    assert len(others) == 2
+    assert min(row["times"] for row in others) >= 1.5, others
