@@ -165,7 +165,7 @@ class _Trap:
 def test_a_pickle_with_code_is_refused(tmp_path):
     folder = _folder(tmp_path / "bert", _bert_state(), pickled=True)
     torch.save({"bert.pooler.dense.bias": _Trap(tmp_path / "ran")}, folder / "pytorch_model.bin")
-    with pytest.raises(VlscaleError, match="damaged, or holds more than weights"):
+    with pytest.raises(VlscaleError, match=r"pytorch_model\.bin.* nothing was run"):
         initial_state(folder, tiny_model().config)
     assert not (tmp_path / "ran").exists()
     (folder / "pytorch_model.bin").unlink()
@@ -177,5 +177,5 @@ def test_a_pickle_with_code_is_refused(tmp_path):
 def test_a_damaged_pickle_is_one_line(tmp_path, content):
     folder = _folder(tmp_path / "bert", _bert_state(), pickled=True)
     (folder / "pytorch_model.bin").write_bytes(content)
-    with pytest.raises(VlscaleError, match="damaged, or holds more than weights"):
+    with pytest.raises(VlscaleError, match=r"pytorch_model\.bin: is no file of torch\.save"):
         initial_state(folder, tiny_model().config)

@@ -1,29 +1,31 @@
 """Hugging Face BERT folders, the published starting point of UNITER's pre-training.
 
-Reads ``config.json`` and ``model.safetensors`` (or ``pytorch_model.bin``, unpickled as weights only). The library
-``transformers`` is not needed for that.
+Files are read by :mod:`vlscale.convert.huggingface`. The library ``transformers`` is not needed for that.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from vlscale.convert.huggingface import EncoderShape, kind_of, open_source
+from vlscale.convert.text_encoders import TextWeights, text_weights
 from vlscale.convert.uniter import from_official
 from vlscale.errors import VlscaleError
-from vlscale.models.folder import CONFIG_FILE, WEIGHTS_FILE, read_json, read_safetensors
+from vlscale.models.folder import CONFIG_FILE, read_json
 from vlscale.models.uniter import UniterConfig
 
-PICKLED_FILE = "pytorch_model.bin"
-_IGNORED = re.compile(r"(bert\.)?embeddings\.(position|token_type)_ids|cls\.seq_relationship\..*")
-_SAME = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-_TABLES = ("max_position_embeddings", "type_vocab_size")
+_SAME = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("max_position_embeddings", "type_vocab_size"),
+)
 _REQUIRED = re.compile(r"type_embedding\.|text_embedder\.|encoder\.")
+_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -33,50 +35,45 @@ class BertWeights:
     Attributes:
         state: our names -> tensors in float32.
         ignored: names of the folder that have no place in the model (next-sentence head, index buffers).
+        vocabulary: where the word table's numbering comes from, see
+            :attr:`~vlscale.convert.huggingface.HuggingFaceSource.vocabulary`.
     """
 
     state: dict[str, Tensor]
     ignored: tuple[str, ...]
+    vocabulary: Mapping[str, Any]
 
 
 def is_bert_folder(folder: Path) -> bool:
     """Whether ``config.json`` says that the folder holds a BERT."""
-    return read_json(folder / CONFIG_FILE).get("model_type", "bert") == "bert"
+    return kind_of(read_json(folder / CONFIG_FILE)) == "bert"
 
 
 def read_bert(folder: Path, config: UniterConfig) -> BertWeights:
     """Read a BERT folder's weights under this library's names.
 
     Names may carry the prefix ``bert.`` or not, and LayerNorms may be called gamma/beta. The word-prediction head is
-    taken if it is there, the next-sentence head is not.
+    taken if it is there, the heads of other tasks are not.
 
     Args:
-        folder: holds ``config.json`` and the weights in one file.
+        folder: holds ``config.json`` and the weights, whole or in shards.
         config: the model that the weights are for.
 
     Raises:
         VlscaleError: the shapes differ, a file is missing or damaged, weights of the encoder are missing, or names
             are found that a BERT does not have.
     """
-    _check_config(read_json(folder / CONFIG_FILE), config, folder / CONFIG_FILE)
-    renamed: dict[str, Tensor] = {}
-    ignored = []
-    for name, tensor in _read_tensors(folder).items():
-        if _IGNORED.fullmatch(name):
-            ignored.append(name)
-            continue
-        target = _official(name)
-        if target in renamed:
-            raise VlscaleError(f"{folder}: {name} stands twice, with and without its prefix; remove one")
-        renamed[target] = tensor
-    bias = renamed.pop("cls.predictions.decoder.bias", None)  # newer files tie it to cls.predictions.bias
-    if bias is not None:
-        renamed.setdefault("cls.predictions.bias", bias)
-    try:
-        state = from_official(renamed, partial=True)
-    except VlscaleError as error:
-        raise VlscaleError(f"{folder}: {str(error).replace('uniter.', 'bert.')}") from None
-    return BertWeights(state, tuple(sorted(ignored)))
+    path = folder / CONFIG_FILE
+    _check_sizes(read_json(path), config, path)  # what the model's own setting mends is told first
+    with open_source(folder) as source:
+        _check_arithmetic(source.shape, config, path)
+        weights = text_weights(source, "uniter")
+        _check_names(weights, folder)
+        try:
+            state = from_official({name: weights.read(name) for name in weights.entries}, partial=True)
+        except VlscaleError as error:
+            raise VlscaleError(f"{folder}: {str(error).replace('uniter.', 'bert.')}") from None
+        return BertWeights(state, tuple(sorted(weights.ignored)), source.vocabulary)
 
 
 def required_names(names: set[str]) -> set[str]:
@@ -84,44 +81,33 @@ def required_names(names: set[str]) -> set[str]:
     return {name for name in names if _REQUIRED.match(name)}
 
 
-def _official(name: str) -> str:
-    if name.startswith("bert."):
-        return "uniter." + name.removeprefix("bert.")
-    return name if name.startswith("cls.") else f"uniter.{name}"
-
-
-def _check_config(raw: dict[str, Any], config: UniterConfig, path: Path) -> None:
-    if raw.get("model_type", "bert") != "bert":
-        raise VlscaleError(f"{path}: model_type is {raw['model_type']!r}, expected 'bert'")
-    if config.norm != "post":
-        raise VlscaleError(f"{path}: BERT's weights are for norm: post, the model has norm: {config.norm}")
-    if raw.get("hidden_act", "gelu") != "gelu":
-        raise VlscaleError(f"{path}: hidden_act is {raw['hidden_act']!r}, expected 'gelu' (the exact one)")
-    if raw.get("position_embedding_type", "absolute") != "absolute":
+def _check_names(weights: TextWeights, folder: Path) -> None:
+    """What is missing, the caller tells under the model's names."""
+    names = weights.unexpected
+    if names:
+        more = ", ..." if len(names) > _SHOWN else ""
         raise VlscaleError(
-            f"{path}: position_embedding_type is {raw['position_embedding_type']!r}, expected 'absolute'"
+            f"{folder}: {len(names)} unexpected: {', '.join(names[:_SHOWN])}{more}; give the folder of a plain BERT"
         )
-    for key in (*_SAME, *_TABLES):
+
+
+def _check_sizes(raw: Mapping[str, Any], config: UniterConfig, path: Path) -> None:
+    for key in _SAME:
         if raw.get(key) != getattr(config, key):
             raise VlscaleError(
-                f"{path}: {key} is {raw.get(key)}, the model's is {getattr(config, key)}; set model.config.{key}"
+                f"{path}: {key} is {str(raw.get(key))[:40]}, the model's is {getattr(config, key)}; set "
+                f"model.config.{key}"
                 + (" or use this folder's vocabulary for the texts" if key == "vocab_size" else "")
             )
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    if (folder / WEIGHTS_FILE).is_file():
-        return read_safetensors(folder / WEIGHTS_FILE)
-    path = folder / PICKLED_FILE
-    if not path.is_file():
+def _check_arithmetic(shape: EncoderShape, config: UniterConfig, path: Path) -> None:
+    if shape.kind != "bert":
+        raise VlscaleError(f"{path}: model_type is {shape.kind!r}, expected 'bert'")
+    if config.norm != "post":
+        raise VlscaleError(f"{path}: BERT's weights are for norm: post, the model has norm: {config.norm}")
+    if shape.layer_norm_eps != config.layer_norm_eps:
         raise VlscaleError(
-            f"{folder}: neither {WEIGHTS_FILE} nor {PICKLED_FILE} found (weights in one file are needed)"
+            f"{path}: layer_norm_eps is {shape.layer_norm_eps}, the model's is {config.layer_norm_eps}; set "
+            f"model.config.layer_norm_eps"
         )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to lead to, often without a message
-        reason = (str(error).splitlines() or [""])[0]
-        raise VlscaleError(f"{path}: damaged, or holds more than weights ({type(error).__name__}: {reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise VlscaleError(f"{path}: expected a dictionary of tensors")
-    return dict(state)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vlscale.convert.bert import is_bert_folder, read_bert, required_names
 from vlscale.errors import VlscaleError
-from vlscale.hf import is_bert_folder, read_bert, required_names
 from vlscale.models.folder import CONFIG_FILE, MODEL_TYPE, check_state, read_config, read_json, read_weights
 from vlscale.models.uniter import UniterConfig, UniterForPretraining
 
@@ -81,7 +81,8 @@ def read_initial(path: Path, config: UniterConfig) -> tuple[dict[str, Tensor], W
                 f"{path}: the weights were trained with the vocabulary {str(known[0])[:12]}, the texts have "
                 f"{str(known[1])[:12]}; import the texts with the tokenizer that the weights were trained with"
             )
-        state, ignored = read_weights(path, shapes), tuple[str, ...]()
+        present = _shapes(config.model_copy(update={"heads": saved.heads}))
+        state, ignored = read_weights(path, present), tuple[str, ...]()
     elif is_bert_folder(path):
         bert = read_bert(path, config)
         state, ignored = bert.state, bert.ignored

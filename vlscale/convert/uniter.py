@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlscale.convert.steps import THIRDS, KeyPlan, Step, modern
 from vlscale.errors import VlscaleError
 from vlscale.models.folder import parse_config
-from vlscale.models.uniter import UniterConfig
+from vlscale.models.uniter import HEADS, UniterConfig
 
 # (published, ours); {i} is the layer, {p} is weight or bias.
 _BOTH = (
@@ -55,6 +57,16 @@ TIED = {
     "cls.predictions.decoder.weight": "uniter.embeddings.word_embeddings.weight",
     "feat_regress.weight": "uniter.img_embeddings.img_linear.weight",
 }
+ORIGIN = "UNITER checkpoint"
+_HEAD_PREFIXES = dict(
+    zip(HEADS, ("cls.predictions.", "feat_regress.", "region_classifier.", "itm_output."), strict=True)
+)
+TASK_HEAD = "task_head."
+TASK_NAMES = (
+    "vqa_output.", "vcr_output.", "nlvr2_output.", "re_output.", "rank_output.", "attn1.", "attn2.", "fc.", "attn_pool."
+)  # fmt: skip
+"""Names of fine-tuned models begin with these."""
+PUBLISHED_WIDTHS = (768, 1024)
 _SHAPE_KEYS = (
     "vocab_size",
     "hidden_size",
@@ -70,8 +82,136 @@ _OPTIONAL_KEYS = {
     "hidden_dropout_prob": "hidden_dropout",
     "attention_probs_dropout_prob": "attention_dropout",
 }
-_OLD_NORMS = {"gamma": "weight", "beta": "bias"}
-_SHOWN = 6
+
+
+def import_plan(names: Iterable[str], heads: Iterable[str] | None = HEADS, partial: bool = False) -> KeyPlan:
+    """Map the names of a published checkpoint to ours.
+
+    LayerNorm entries may be called gamma and beta.
+
+    Args:
+        names: of the checkpoint.
+        heads: pre-training heads that must be there, of :data:`HEADS`. None for those that are; what fine-tuning added
+            is then kept too, under its own names after :data:`TASK_HEAD`.
+        partial: nothing is reported missing (gradients of one task, a text encoder). A fused projection still needs
+            its query, key and value.
+
+    Raises:
+        VlscaleError: a LayerNorm stands both as gamma/beta and as weight/bias, or part of a fused projection is
+            missing from a partial checkpoint.
+    """
+    given: dict[str, str] = {}  # published name -> as it is called here
+    for name in names:
+        if given.setdefault(modern(name), name) != name:
+            raise VlscaleError(f"{ORIGIN}: a LayerNorm stands both as gamma/beta and as weight/bias; remove one")
+    tied = {second: first for second, first in TIED.items() if second in given and first in given}
+    for second, first in TIED.items():
+        if second in given and first not in given:
+            given[first] = given[second]
+    layers = _layer_count(given, r"uniter\.encoder\.layer\.(\d+)\.")
+    same, fused = _key_map(layers), _fused(layers)
+    wanted = {*(heads_of(given) if heads is None else heads)}
+    expected = {name for name in (*same, *chain(*fused.values()), _MASK[0]) if head_of(name) in (None, *wanted)}
+    steps = [Step(ours, (given[theirs],)) for theirs, ours in same.items() if theirs in given]
+    for ours, theirs in fused.items():
+        found = tuple(given[name] for name in theirs if name in given)
+        if len(found) == len(theirs):
+            steps.append(Step(ours, found, "concatenate"))
+        elif found and partial:
+            raise VlscaleError(f"{ORIGIN}: {ours} needs all of {', '.join(theirs)}")
+    if _MASK[0] in given:
+        steps.append(Step(_MASK[1], (given[_MASK[0]],), "second row"))
+    task = [name for name in given if name.startswith(TASK_NAMES)] if heads is None else []
+    steps += [Step(TASK_HEAD + name, (given[name],)) for name in task]
+    known = {*same, *chain(*fused.values()), _MASK[0], *TIED, *task}
+    return KeyPlan(
+        tuple(steps),
+        tied={given[second]: given[first] for second, first in tied.items()},
+        missing=() if partial else tuple(sorted(expected - set(given))),
+        unexpected=tuple(sorted(given[name] for name in set(given) - known)),
+    )
+
+
+def export_plan(names: Iterable[str], heads: Iterable[str] | None = HEADS, partial: bool = False) -> KeyPlan:
+    """Map our names to the published ones: undoes :func:`import_plan`.
+
+    Args:
+        names: of our state dict; task heads after :data:`TASK_HEAD`.
+        heads, partial: as there.
+
+    Raises:
+        VlscaleError: the model is pre-norm, which has no published counterpart.
+    """
+    given = set(names)
+    if any(name.startswith("encoder.final_norm.") for name in given):
+        raise VlscaleError("UNITER export: the model is pre-norm (it has encoder.final_norm), UNITER is post-norm")
+    layers = _layer_count(given, r"encoder\.layers\.(\d+)\.")
+    same, fused = _key_map(layers), _fused(layers)
+    steps = [Step(theirs, (ours,)) for theirs, ours in same.items() if ours in given]
+    for ours, theirs in fused.items():
+        if ours in given:
+            steps += [Step(name, (ours,), third) for name, third in zip(theirs, THIRDS, strict=True)]
+    if _MASK[1] in given:
+        steps.append(Step(_MASK[0], (_MASK[1],), "below zeros"))
+    task = [name for name in given if name.startswith(TASK_HEAD)]
+    steps += [Step(name.removeprefix(TASK_HEAD), (name,)) for name in sorted(task)]
+    made = {step.target for step in steps}
+    wanted = {*(heads_of(made) if heads is None else heads)}
+    expected = {ours for theirs, ours in same.items() if head_of(theirs) in (None, *wanted)} | {*fused, _MASK[1]}
+    known = {*same.values(), *fused, _MASK[1], *task}
+    copies = {second: first for second, first in TIED.items() if first in made and head_of(second) in wanted}
+    return KeyPlan(
+        tuple(steps),
+        copies=copies,
+        missing=() if partial else tuple(sorted(expected - given)),
+        unexpected=tuple(sorted(given - known)),
+    )
+
+
+def head_of(name: str) -> str | None:
+    """The pre-training head that a published name belongs to, of :data:`HEADS`, or None."""
+    return next((head for head, prefix in _HEAD_PREFIXES.items() if name.startswith(prefix)), None)
+
+
+def heads_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The heads that a published checkpoint has, in the order of :data:`HEADS`."""
+    found = {head_of(name) for name in names}
+    return tuple(head for head in HEADS if head in found)
+
+
+def from_official(state: Mapping[str, Tensor], partial: bool = False) -> dict[str, Tensor]:
+    """Turn a published state dict (or a dict of gradients) into this library's names and shapes.
+
+    Args:
+        state: published names; LayerNorm entries may be called gamma and beta. Half precision becomes float32.
+        partial: see :func:`import_plan`.
+
+    Returns:
+        Our names; tensors that need no change share storage with ``state``.
+
+    Raises:
+        VlscaleError: names are missing or unexpected, tied tensors differ, or the mask table is not [2, D].
+    """
+    plan = import_plan(state, partial=partial)
+    plan.check(ORIGIN)
+    return plan.run({name: _widen(tensor) for name, tensor in state.items()}, ORIGIN)
+
+
+def to_official(state: Mapping[str, Tensor], partial: bool = False, tied: bool = True) -> dict[str, Tensor]:
+    """Turn this library's state dict (or a dict of gradients) into the published names: undoes :func:`from_official`.
+
+    Args:
+        state: our names. The dtype is kept.
+        partial: names may be missing.
+        tied: also write the second names of tied tensors (leave them out for gradients).
+
+    Raises:
+        VlscaleError: names are missing or unexpected (a pre-norm model has no published counterpart).
+    """
+    plan = export_plan(state, partial=partial)
+    plan.check("UNITER export")
+    result = plan.run(state, "UNITER export")
+    return result | ({second: result[first] for second, first in plan.copies.items()} if tied else {})
 
 
 def _key_map(layers: int) -> dict[str, str]:
@@ -92,73 +232,6 @@ def _fused(layers: int) -> dict[str, tuple[str, ...]]:
         for i in range(layers)
         for p in ("weight", "bias")
     }
-
-
-def from_official(state: Mapping[str, Tensor], partial: bool = False) -> dict[str, Tensor]:
-    """Turn a published state dict (or a dict of gradients) into this library's names and shapes.
-
-    Args:
-        state: published names; LayerNorm entries may be called gamma and beta. Half precision becomes float32.
-        partial: names may be missing (gradients of one task, weights of a text-only model). A fused projection still
-            needs its query, key and value.
-
-    Returns:
-        Our names; tensors that need no change share storage with ``state``.
-
-    Raises:
-        VlscaleError: names are missing or unexpected, tied tensors differ, or the mask table is not [2, D].
-    """
-    given = {_modern(name): _widen(tensor) for name, tensor in state.items()}
-    if len(given) != len(state):
-        raise VlscaleError("UNITER checkpoint: a LayerNorm stands both as gamma/beta and as weight/bias; remove one")
-    for second, first in TIED.items():
-        if second in given and not torch.equal(given.setdefault(first, given[second]), given[second]):
-            raise VlscaleError(f"UNITER checkpoint: {second} differs from {first}, but the two are tied; drop {second}")
-    layers = _layer_count(given, r"uniter\.encoder\.layer\.(\d+)\.")
-    same, fused = _key_map(layers), _fused(layers)
-    parts = [name for names in fused.values() for name in names]
-    expected = {*same, *parts, _MASK[0]}
-    _compare(given, expected, TIED, partial, "UNITER checkpoint")
-    result = {ours: given[theirs] for theirs, ours in same.items() if theirs in given}
-    for ours, names in fused.items():
-        found = [given[name] for name in names if name in given]
-        if found and len(found) < len(names):
-            raise VlscaleError(f"UNITER checkpoint: {ours} needs all of {', '.join(names)}")
-        if found:
-            result[ours] = torch.cat(found)
-    if _MASK[0] in given:
-        table = given[_MASK[0]]
-        if table.dim() != 2 or table.shape[0] != 2:
-            raise VlscaleError(f"UNITER checkpoint: {_MASK[0]} is {list(table.shape)}, expected [2, feature width]")
-        result[_MASK[1]] = table[1]
-    return result
-
-
-def to_official(state: Mapping[str, Tensor], partial: bool = False, tied: bool = True) -> dict[str, Tensor]:
-    """Turn this library's state dict (or a dict of gradients) into the published names: undoes :func:`from_official`.
-
-    Args:
-        state: our names. The dtype is kept.
-        partial: names may be missing.
-        tied: also write the second names of tied tensors (leave them out for gradients).
-
-    Raises:
-        VlscaleError: names are missing or unexpected (a pre-norm model has no published counterpart).
-    """
-    layers = _layer_count(state, r"encoder\.layers\.(\d+)\.")
-    same, fused = _key_map(layers), _fused(layers)
-    if any(name.startswith("encoder.final_norm.") for name in state):
-        raise VlscaleError("UNITER export: the model is pre-norm (it has encoder.final_norm), UNITER is post-norm")
-    _compare(state, {*same.values(), *fused, _MASK[1]}, {}, partial, "UNITER export")
-    result = {theirs: state[ours] for theirs, ours in same.items() if ours in state}
-    for ours, names in fused.items():
-        if ours in state:
-            result.update(zip(names, state[ours].chunk(len(names)), strict=True))
-    if _MASK[1] in state:
-        result[_MASK[0]] = torch.stack([torch.zeros_like(state[_MASK[1]]), state[_MASK[1]]])
-    if tied:
-        result.update({second: result[first] for second, first in TIED.items() if first in result})
-    return result
 
 
 def config_from_official(
@@ -188,9 +261,65 @@ def config_from_official(
     )
 
 
-def _modern(name: str) -> str:
-    stem, _, last = name.rpartition(".")
-    return f"{stem}.{_OLD_NORMS[last]}" if last in _OLD_NORMS else name
+def config_to_official(config: UniterConfig) -> dict[str, Any]:
+    """Return the published (BERT-like) ``config.json`` of a configuration."""
+    raw = config.model_dump()
+    names = {**{key: key for key in _SHAPE_KEYS}, **_OPTIONAL_KEYS}
+    return {theirs: raw[ours] for theirs, ours in names.items()} | {"hidden_act": "gelu"}
+
+
+def sizes_of_shapes(shapes: Mapping[str, tuple[int, ...]], origin: str) -> dict[str, int]:
+    """Return the sizes, of our configuration, that a checkpoint's tensors show.
+
+    Args:
+        shapes: our name -> shape.
+        origin: named in errors.
+
+    Raises:
+        VlscaleError: the text embeddings or the first layer are missing.
+    """
+    try:
+        vocabulary, hidden = shapes["text_embedder.word.weight"]
+        sizes = {
+            "vocab_size": vocabulary,
+            "hidden_size": hidden,
+            "num_hidden_layers": _layer_count(shapes, r"encoder\.layers\.(\d+)\."),
+            "intermediate_size": shapes["encoder.layers.0.ffn.up.weight"][0],
+            "max_position_embeddings": shapes["text_embedder.position.weight"][0],
+            "type_vocab_size": shapes["type_embedding.weight"][0],
+        }
+    except KeyError as error:
+        raise VlscaleError(f"{origin}: {error.args[0]} is missing, so the model's size is not known") from None
+    except (ValueError, IndexError):
+        raise VlscaleError(f"{origin}: its tables are no tables, so the model's size is not known") from None
+    if "image_embedder.projection.weight" in shapes:
+        sizes["feature_dim"] = shapes["image_embedder.projection.weight"][-1]
+    if "region_classifier.out.weight" in shapes:
+        sizes["num_classes"] = shapes["region_classifier.out.weight"][0]
+    return sizes
+
+
+def config_of_shapes(
+    shapes: Mapping[str, tuple[int, ...]], heads: int | None, origin: str, more: Mapping[str, Any]
+) -> UniterConfig:
+    """Find the configuration that a checkpoint's tensors belong to.
+
+    Args:
+        shapes: our name -> shape.
+        heads: attention heads, the one size that no tensor shows; None for a published width (64 a head).
+        origin: named in errors.
+        more: further fields; sizes that tensors show win over them.
+
+    Raises:
+        VlscaleError: tensors are missing that show a size, or the heads are not known.
+    """
+    sizes = sizes_of_shapes(shapes, origin)
+    hidden = sizes["hidden_size"]
+    if heads is None and hidden not in PUBLISHED_WIDTHS:
+        raise VlscaleError(
+            f"{origin}: attention heads of a model {hidden} wide are not known; give --model CONFIG.json"
+        )
+    return parse_config(UniterConfig, {**more, **sizes, "num_attention_heads": heads or hidden // 64}, origin)
 
 
 def _widen(tensor: Tensor) -> Tensor:
@@ -200,17 +329,3 @@ def _widen(tensor: Tensor) -> Tensor:
 def _layer_count(names: Iterable[str], pattern: str) -> int:
     numbers = [int(match[1]) for name in names if (match := re.match(pattern, name))]
     return max(numbers) + 1 if numbers and max(numbers) < len(numbers) else 0
-
-
-def _compare(
-    given: Mapping[str, Tensor], expected: set[str], optional: Iterable[str], partial: bool, origin: str
-) -> None:
-    missing = [] if partial else sorted(expected - set(given))
-    unexpected = sorted(set(given) - expected - set(optional))
-    problems = [
-        f"{len(names)} {label}: {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}"
-        for label, names in (("missing", missing), ("unexpected", unexpected))
-        if names
-    ]
-    if problems:
-        raise VlscaleError(f"{origin}: {'; '.join(problems)}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,8 +22,12 @@ from vlscale.errors import VlscaleError, nearest
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 MODEL_TYPE = "vlscale-uniter"
+HUB_KEYS = ("architectures", "transformers_version")
+"""Of ``config.json``, for the hub's pages and for transformers; the model does not look at them."""
 MAX_CONFIG_BYTES = 1 << 20
+MAX_INDEX_BYTES = 1 << 24
 _SHOWN = 4
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -50,15 +54,15 @@ def parse_config(kind: type[Config], raw: Mapping[str, Any], origin: str) -> Con
         raise VlscaleError(f"{origin}: {where + ': ' if where else ''}{message}{found}{more}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of at most 1 MiB.
+def read_json(path: Path, most: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Read a JSON object of at most ``most`` bytes, 1 MiB by default.
 
     Raises:
         VlscaleError: missing, too large, not JSON, or not an object.
     """
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise VlscaleError(f"{path}: more than {MAX_CONFIG_BYTES} bytes: this is not a configuration")
+        if path.stat().st_size > most:
+            raise VlscaleError(f"{path}: more than {most} bytes: this is not a configuration")
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise VlscaleError(f"{path}: cannot be read ({error.strerror}); give a folder that holds {path.name}") from None
@@ -80,7 +84,7 @@ def read_config(kind: type[Config], folder: Path) -> Config:
     found = raw.pop("model_type", None)
     if found != MODEL_TYPE:
         raise VlscaleError(f"{path}: model_type is {found!r}, expected {MODEL_TYPE!r}; give a folder saved by vlscale")
-    return parse_config(kind, raw, str(path))
+    return parse_config(kind, {key: value for key, value in raw.items() if key not in HUB_KEYS}, str(path))
 
 
 def read_weights(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
@@ -89,10 +93,31 @@ def read_weights(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str,
     Raises:
         VlscaleError: missing or damaged file; missing, unexpected or misshapen tensors.
     """
-    path = folder / WEIGHTS_FILE
-    state = read_safetensors(path)
-    check_state(state, shapes, str(path))
+    state: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        state |= read_safetensors(path)
+    check_state(state, shapes, str(folder / WEIGHTS_FILE))
     return state
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return ``model.safetensors``, or the shards that ``model.safetensors.index.json`` names.
+
+    Raises:
+        VlscaleError: the index is damaged, or names files elsewhere.
+    """
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return [folder / WEIGHTS_FILE]
+    found = read_json(index, MAX_INDEX_BYTES).get("weight_map")
+    names = sorted(set(found.values())) if isinstance(found, dict) and all(map(_is_text, found.values())) else []
+    if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+        raise VlscaleError(f"{index}: weight_map does not name .safetensors files of this folder; save the model again")
+    return [folder / name for name in names]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -142,10 +167,14 @@ def write_folder(folder: Path, config: BaseModel, state: Mapping[str, Tensor]) -
     weights = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, weights, {"format": "pt"})
     os.replace(weights, folder / WEIGHTS_FILE)
-    described = {"model_type": MODEL_TYPE, **json.loads(config.model_dump_json())}
     text = folder / f".{CONFIG_FILE}.{os.getpid()}"
-    text.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    text.write_text(describe(config), encoding="utf-8")
     os.replace(text, folder / CONFIG_FILE)
+
+
+def describe(config: BaseModel) -> str:
+    """Return the text of ``config.json``."""
+    return json.dumps({"model_type": MODEL_TYPE, **json.loads(config.model_dump_json())}, indent=2) + "\n"
 
 
 def resolve_folder(name: str, **hub: Any) -> Path:
@@ -157,10 +186,16 @@ def resolve_folder(name: str, **hub: Any) -> Path:
     if Path(name).is_dir():
         return Path(name)
     try:
-        paths = [Path(hf_hub_download(name, filename, **hub)) for filename in (CONFIG_FILE, WEIGHTS_FILE)]
+        config = Path(hf_hub_download(name, CONFIG_FILE, **hub))
+        try:
+            hf_hub_download(name, WEIGHTS_FILE, **hub)
+        except EntryNotFoundError:
+            hf_hub_download(name, INDEX_FILE, **hub)
+            for shard in weight_files(config.parent):
+                hf_hub_download(name, shard.name, **hub)
     except HFValidationError:
         raise VlscaleError(f"{name}: no such folder, and not the name of a repository (OWNER/NAME) either") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise VlscaleError(f"{name}: no such folder, and not found on the Hugging Face hub ({reason})") from None
-    return paths[0].parent
+    return config.parent

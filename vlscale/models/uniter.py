@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from vlscale.errors import VlscaleError
 from vlscale.models.encoder import Encoder, EncoderConfig
@@ -22,6 +23,9 @@ from vlscale.models.heads import FeatureHead, Pooler, RegionClassifier, WordHead
 from vlscale.models.layers import Embedding, Linear
 from vlscale.ragged import RaggedBatch
 
+Head = Literal["words", "features", "classes", "matching"]
+HEADS: tuple[Head, ...] = get_args(Head)
+"""The pre-training heads: masked words, regressed features, region classes, image-text matching."""
 BOX_WIDTH = 7
 REGION_TYPE = 1
 
@@ -34,6 +38,7 @@ class UniterConfig(EncoderConfig):
     type_vocab_size: int = Field(2, ge=2, description="row 0: text, row 1: regions, by default")
     feature_dim: int = Field(2048, ge=1, description="width of a region feature")
     num_classes: int = Field(1601, ge=1, description="classes of the detector, background included")
+    heads: tuple[Head, ...] = Field(HEADS, description="pre-training heads; a fine-tuned checkpoint may lack some")
     vocab_fingerprint: str | None = Field(
         None, pattern="^[0-9a-f]{64}$", description="of the texts' vocabulary that the word table was trained with"
     )
@@ -151,10 +156,14 @@ class UniterForPretraining(
         self.image_embedder = ImageEmbedder(config)
         self.encoder = Encoder(config)
         self.pooler = Pooler(width, weights)
-        self.word_head = WordHead(self.text_embedder.word, eps, weights)
-        self.feature_head = FeatureHead(self.image_embedder.projection, eps, weights)
-        self.region_classifier = RegionClassifier(width, config.num_classes, eps, weights)
-        self.itm_head = Linear(width, 2, weights)
+        if "words" in config.heads:
+            self.word_head = WordHead(self.text_embedder.word, eps, weights)
+        if "features" in config.heads:
+            self.feature_head = FeatureHead(self.image_embedder.projection, eps, weights)
+        if "classes" in config.heads:
+            self.region_classifier = RegionClassifier(width, config.num_classes, eps, weights)
+        if "matching" in config.heads:
+            self.itm_head = Linear(width, 2, weights)
 
     def forward(self, batch: RaggedBatch, all_layers: bool = False) -> Encoded:
         """Same as :meth:`encode`."""
@@ -203,18 +212,22 @@ class UniterForPretraining(
 
     def mlm_logits(self, encoded: Encoded, positions: Tensor) -> Tensor:
         """Return [K, V], scores of all word pieces at K text positions."""
+        self._require("words")
         return self.word_head(encoded.hidden.index_select(0, encoded.text_index.index_select(0, positions)))
 
     def predict_features(self, encoded: Encoded, positions: Tensor) -> Tensor:
         """Return [K, D], regressed features of K regions."""
+        self._require("features")
         return self.feature_head(encoded.hidden.index_select(0, encoded.region_index.index_select(0, positions)))
 
     def classify_regions(self, encoded: Encoded, positions: Tensor) -> Tensor:
         """Return [K, C], class scores of K regions."""
+        self._require("classes")
         return self.region_classifier(encoded.hidden.index_select(0, encoded.region_index.index_select(0, positions)))
 
     def itm_logits(self, encoded: Encoded) -> Tensor:
         """Return [B, 2], scores of (no match, match)."""
+        self._require("matching")
         return self.itm_head(self.pool(encoded))
 
     def set_activation_checkpointing(self, policy: str) -> None:
@@ -226,10 +239,19 @@ class UniterForPretraining(
 
         Partitioned training has to gather the parameter for that module too.
         """
-        return [
-            (self.word_head, self.text_embedder.word.weight),
-            (self.feature_head, self.image_embedder.projection.weight),
-        ]
+        shared: list[tuple[nn.Module, Tensor]] = []
+        if "words" in self.config.heads:
+            shared.append((self.word_head, self.text_embedder.word.weight))
+        if "features" in self.config.heads:
+            shared.append((self.feature_head, self.image_embedder.projection.weight))
+        return shared
+
+    def _require(self, head: Head) -> None:
+        if head not in self.config.heads:
+            raise VlscaleError(
+                f"the model has no head {head!r} (heads in its configuration: {[*self.config.heads]}); "
+                "start a model with all heads from these weights (model.init_from)"
+            )
 
     def _check(self, batch: RaggedBatch) -> None:
         if batch.features.shape[1] != self.config.feature_dim:
@@ -248,7 +270,7 @@ class UniterForPretraining(
         write_folder(save_directory, self.config, self.state_dict())
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> UniterForPretraining:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> Self:
         """Load a folder written by ``save_pretrained``, or a repository of the Hugging Face hub.
 
         Args:

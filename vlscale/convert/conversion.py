@@ -1,0 +1,182 @@
+"""Converting one checkpoint into another: recognise, map, check, stream, rename.
+
+Nothing is written before every name and shape has been checked; the result appears under its name when it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vlscale.convert import uniter
+from vlscale.convert.layouts import STATE_DICT
+from vlscale.convert.mapped import DTYPES, Mapped, as_it_is
+from vlscale.convert.opening import Opened, open_checkpoint
+from vlscale.convert.report import Report, digests
+from vlscale.convert.source import TensorSource
+from vlscale.convert.steps import matching, problems_of
+from vlscale.convert.targets import OURS, TARGETS, Target
+from vlscale.convert.uniter_model import Filled, config_of, expected_shapes
+from vlscale.errors import VlscaleError, nearest
+from vlscale.models.uniter import UniterConfig
+
+_PROVENANCE = ("vocabulary", "licence", "step", "world_size", "zero_stage", "precision", "fingerprint")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of a conversion.
+
+    Attributes:
+        source, target: paths.
+        layout: of the source's names; None finds it out.
+        to: key of :data:`~vlscale.convert.targets.TARGETS`; None takes what the source suggests.
+        dtype: ``fp32``, ``fp16`` or ``bf16``, of all floating-point tensors; ``keep`` leaves them.
+        model: a preset's name or a configuration file, for what the source does not say.
+        allow_missing, allow_unexpected: patterns of names; missing ones get a new model's values, unexpected ones are
+            left out.
+        overwrite: replace what the target path holds.
+        hashed: check a training checkpoint's hashes, and tell those of source and result; False saves that time.
+    """
+
+    source: Path
+    target: Path
+    layout: str | None = None
+    to: str | None = None
+    dtype: str = "fp32"
+    model: str | None = None
+    allow_missing: Sequence[str] = field(default_factory=tuple)
+    allow_unexpected: Sequence[str] = field(default_factory=tuple)
+    overwrite: bool = False
+    hashed: bool = True
+
+
+class RefusedError(VlscaleError):
+    """Tensors are missing or unexpected; ``report`` names all of them."""
+
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def convert(wish: Wish) -> Report:
+    """Convert a checkpoint.
+
+    Raises:
+        RefusedError: tensors are missing or unexpected and not allowed to be; nothing has been written.
+        VlscaleError: unknown or ambiguous formats, damaged or hostile files, an existing target.
+    """
+    _check(wish)
+    with open_checkpoint(wish.source, wish.layout, wish.hashed, wish.to) as opened:
+        to = wish.to or _suggested(opened)
+        target = _target(to, opened)
+        report = Report(str(wish.source), str(wish.target), opened.kind, opened.layout, to, wish.dtype)
+        report.add_plan(opened.mapped.plan)
+        told = {**opened.source.extra, **(opened.source.extra.get("manifest") or {})}
+        report.provenance = {key: told[key] for key in _PROVENANCE if key in told}
+        report.unexpected = sorted(opened.mapped.plan.unexpected)
+        config, source = _as_model(opened, to, wish, report) if target.needs_model else (None, opened.mapped)
+        _refuse(report, wish)
+        opened.mapped.check_tied()
+        result = Mapped(source, as_it_is(source), DTYPES.get(wish.dtype), counts=True)
+        report.mapped = len(result.tensors)
+        if wish.hashed:
+            report.source_files = digests(opened.source.files, wish.source, opened.digests)
+        _write(target, result, config, report, wish)
+        return report
+
+
+def _check(wish: Wish) -> None:
+    if wish.dtype not in (*DTYPES, "keep"):
+        raise VlscaleError(f"--dtype {wish.dtype!r}: expected {', '.join(DTYPES)} or keep")
+    if wish.to is not None and wish.to not in TARGETS:
+        raise VlscaleError(f"--to {wish.to!r} is unknown{nearest(wish.to, TARGETS)} (known: {', '.join(TARGETS)})")
+    if (wish.target.exists() or wish.target.is_symlink()) and not wish.overwrite:
+        raise VlscaleError(f"{wish.target}: exists already; give another name, or --overwrite")
+    if not wish.target.absolute().parent.is_dir():
+        raise VlscaleError(f"{wish.target}: {wish.target.absolute().parent} is no folder; make it first")
+    inside = wish.target.resolve() in (wish.source.resolve(), *wish.source.resolve().parents)
+    if inside:
+        raise VlscaleError(f"{wish.target}: is, or holds, the source {wish.source}; give another name")
+
+
+def _suggested(opened: Opened) -> str:
+    if opened.layout == "vlscale" and opened.kind != "deepspeed":
+        raise VlscaleError(f"{opened.source.path}: is a vlscale folder already; say with --to what it shall become")
+    return "vlscale" if opened.layout in OURS else STATE_DICT
+
+
+def _target(to: str, opened: Opened) -> Target:
+    target = TARGETS[to]
+    if target.layouts and opened.layout not in target.layouts:
+        fitting = [name for name, each in TARGETS.items() if not each.layouts or opened.layout in each.layouts]
+        raise VlscaleError(
+            f"{opened.source.path}: {opened.layout} cannot become {to!r}; it can become {', '.join(fitting)}"
+        )
+    return target
+
+
+def _as_model(opened: Opened, to: str, wish: Wish, report: Report) -> tuple[UniterConfig, TensorSource]:
+    """Check our names against the model; fill in what may be missing; go on to published names where asked for."""
+    config = config_of(opened, wish.model)
+    expected, found = expected_shapes(config), opened.mapped.tensors
+    report.missing = [name for name in expected if name not in found]
+    surplus = [name for name in found if name not in expected and not name.startswith(uniter.TASK_HEAD)]
+    report.unexpected = sorted({*report.unexpected, *surplus})
+    for name, info in found.items():
+        if name in expected and info.shape != expected[name]:
+            raise VlscaleError(
+                f"{opened.source.path}: {name} is {list(info.shape)}, the model's is {list(expected[name])}; give the "
+                "model that the weights are of with --model"
+            )
+    source: TensorSource = Mapped(opened.mapped, as_it_is(opened.mapped, {*found} - {*surplus}))
+    if report.missing:
+        source = Filled(source, config, report.missing)
+    if to != "uniter":
+        return config, source
+    plan = uniter.export_plan(source.tensors, heads=config.heads)
+    plan.check(str(opened.source.path))
+    report.add_plan(plan)
+    return config, Mapped(source, plan)
+
+
+def _refuse(report: Report, wish: Wish) -> None:
+    """Compare what is missing and unexpected with what may be."""
+    report.fresh = sorted(matching(report.missing, wish.allow_missing))
+    report.left_out = sorted(matching(report.unexpected, wish.allow_unexpected))
+    report.missing = [name for name in report.missing if name not in {*report.fresh}]
+    report.unexpected = [name for name in report.unexpected if name not in {*report.left_out}]
+    problems = [*problems_of(report.missing, report.unexpected)]
+    if problems:
+        options = " and ".join(
+            option
+            for option, names in (("--allow-missing", report.missing), ("--allow-unexpected", report.unexpected))
+            if names
+        )
+        raise RefusedError(f"{wish.source}: {'; '.join(problems)}; allow them with {options} PATTERN", report)
+
+
+def _write(target: Target, result: Mapped, config: UniterConfig | None, report: Report, wish: Wish) -> None:
+    """Write beside and rename; what the path held goes only when its successor is whole."""
+    beside = wish.target.with_name(f".{wish.target.stem}.{os.getpid()}{wish.target.suffix}")
+    old = wish.target.with_name(f".{wish.target.stem}.{os.getpid()}.old")
+    try:
+        target.write(beside, result, config, report)
+        written = sorted(path for path in beside.rglob("*") if path.is_file()) if beside.is_dir() else [beside]
+        if wish.hashed:
+            found = digests(written, beside)
+            report.target_files = {name.replace(beside.name, wish.target.name): told for name, told in found.items()}
+        report.not_finite = dict(result.not_finite)
+        if wish.target.exists() or wish.target.is_symlink():
+            wish.target.rename(old)
+        beside.rename(wish.target)
+    except OSError as error:
+        if old.exists() and not wish.target.exists():
+            old.rename(wish.target)
+        raise VlscaleError(f"{wish.target}: cannot be written ({error.strerror}); check its folder and space") from None
+    finally:
+        for path in (beside, old):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)

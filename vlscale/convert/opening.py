@@ -1,0 +1,173 @@
+"""From a path to an open checkpoint: which reader takes it is decided by content, never by a name alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlscale.convert import deepspeed_zero, fluid, huggingface, paddle_params, safetensors_files, torch_files
+from vlscale.convert.layouts import BACKBONES, STATE_DICT, backbone_plan, check_layout, layout_of, plan_of
+from vlscale.convert.mapped import Mapped, Merged, as_it_is
+from vlscale.convert.source import TensorSource
+from vlscale.convert.steps import KeyPlan, Step
+from vlscale.convert.text_encoders import text_weights
+from vlscale.errors import VlscaleError
+from vlscale.models.folder import CONFIG_FILE, MODEL_TYPE, read_json
+
+TASK_HEAD_FILE = "task_head.safetensors"
+"""Beside a folder's weights: what fine-tuning added, under published names after ``task_head.``."""
+READERS: dict[str, Any] = {
+    "deepspeed": deepspeed_zero,
+    "hugging-face": huggingface,
+    "fluid": fluid,
+    "safetensors": safetensors_files,
+    "torch": torch_files,
+    "pdparams": paddle_params,
+}
+"""Kinds of files; a folder of Hugging Face's is one of safetensors too, and the first that takes it wins."""
+STARTED = ("vilbert", "unit", "unimo")
+"""Models that a BERT or RoBERTa starts, under their published names; UNITER's are mapped on to vlscale's."""
+_ENGINE = "model."
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint under the names that it has in vlscale, or its published ones.
+
+    Attributes:
+        kind: of the files, of :data:`READERS`.
+        layout: of the names, of :data:`vlscale.convert.layouts.LAYOUTS`, ``bert``, ``roberta`` or ``state-dict``.
+        source: the files.
+        mapped: the tensors, renamed.
+        config: what the checkpoint says of its model, raw, or None.
+        digests: file -> sha256, where they were compared with the checkpoint's own list already.
+    """
+
+    kind: str
+    layout: str
+    source: TensorSource
+    mapped: Mapped
+    config: dict[str, Any] | None
+    digests: Mapping[Path, str]
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.source.__exit__(*exception)
+
+
+def kind_of(path: Path) -> str:
+    """Return which reader takes ``path``.
+
+    Raises:
+        VlscaleError: none does, or several that are not told apart by content.
+    """
+    if not path.exists():
+        raise VlscaleError(f"{path}: no such file or folder; give a checkpoint")
+    found = [kind for kind, reader in READERS.items() if reader.recognise(path)]
+    if "hugging-face" in found or path.is_dir():
+        found = found[:1] if {*found} <= {"hugging-face", "safetensors"} else found
+    if len(found) > 1:
+        raise VlscaleError(f"{path}: may be {' or '.join(found)}; give the file or folder inside that is meant")
+    if not found:
+        raise VlscaleError(
+            f"{path}: no checkpoint is recognised in it (looked for {', '.join(READERS)}); see vlscale convert --help"
+        )
+    return found[0]
+
+
+def open_checkpoint(path: Path, layout: str | None = None, hashed: bool = True, to: str | None = None) -> Opened:
+    """Open a checkpoint; names and shapes are read, no tensor yet.
+
+    Args:
+        path: file or folder.
+        layout: of its names; None finds it out.
+        to: what it shall become: a BERT is laid out for the model that it starts, of :data:`STARTED`, else for UNITER,
+            and a detector's backbone for UniT.
+        hashed: compare the files of a training checkpoint with its manifest's hashes, not their sizes alone.
+
+    Raises:
+        VlscaleError: see :func:`kind_of`; damaged or hostile files; a layout that the content does not bear out.
+    """
+    kind = kind_of(path)
+    more = {"verify": hashed} if kind == "deepspeed" else {}
+    source: TensorSource = READERS[kind].open_source(path, **more)
+    try:
+        return _opened(kind, source, layout, to)
+    except BaseException:
+        source.__exit__()
+        raise
+
+
+def _opened(kind: str, source: TensorSource, layout: str | None, to: str | None) -> Opened:
+    if isinstance(source, huggingface.HuggingFaceSource):
+        return _text_encoder(source, layout, to if to in STARTED else "uniter")
+    config: dict[str, Any] | None = None
+    digests: Mapping[Path, str] = {}
+    if isinstance(source, deepspeed_zero.ZeroSource):
+        config, digests = (source.extra.get("manifest") or {}).get("model"), source.digests
+        source = _Unwrapped(source)
+    elif kind == "safetensors" and source.path.is_dir():
+        source, config = _vlscale_folder(source)
+    found = layout_of(source.tensors, str(source.path))
+    if layout is not None:
+        check_layout(layout)
+        if layout not in (found, STATE_DICT):
+            raise VlscaleError(f"{source.path}: its names are those of {found!r}, not of {layout!r}; drop --from")
+        found = layout
+    plan = backbone_plan(source, found) if to == "unit" and found in BACKBONES else plan_of(source, found)
+    return Opened(kind, found, source, Mapped(source, plan), config, digests)
+
+
+def _text_encoder(source: huggingface.HuggingFaceSource, layout: str | None, model: str) -> Opened:
+    """A BERT is seen as the published checkpoint that it would be without images; a RoBERTa has another vocabulary."""
+    kind = source.shape.kind
+    if layout not in (None, kind):
+        raise VlscaleError(f"{source.path / CONFIG_FILE}: says {kind!r}, not {layout!r}; drop --from")
+    weights = text_weights(source, model)
+    if weights.missing:
+        raise VlscaleError(f"{source.path}: {', '.join(weights.missing[:4])} missing; give a whole {kind}")
+    named = _Weights(source, weights)
+    inner = plan_of(named, model) if model == "uniter" else as_it_is(named)
+    tied = {second: f"tied to {first}, and equal" for second, first in weights.tied.items()}
+    plan = KeyPlan(inner.steps, ignored={**weights.ignored, **tied}, unexpected=weights.unexpected)
+    mapped = Mapped(named, plan)
+    return Opened("hugging-face", kind, source, mapped, dict(source.extra["config"]), {})
+
+
+def _vlscale_folder(source: TensorSource) -> tuple[TensorSource, dict[str, Any] | None]:
+    config = source.path / CONFIG_FILE
+    raw = read_json(config) if config.is_file() else {}
+    if raw.get("model_type") != MODEL_TYPE:
+        return source, None
+    head = source.path / TASK_HEAD_FILE
+    return (Merged(source, safetensors_files.open_source(head)) if head.is_file() else source), raw
+
+
+class _Weights:
+    """:class:`~vlscale.convert.text_encoders.TextWeights` as a source."""
+
+    def __init__(self, source: huggingface.HuggingFaceSource, weights: Any) -> None:
+        self.path, self.format, self.files, self.extra = source.path, source.format, source.files, source.extra
+        self.tensors, self.aliases = weights.tensors, dict[str, str]()
+        self.read: Callable[[str], Any] = weights.read
+        self._source = source
+
+    def __enter__(self) -> _Weights:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._source.__exit__(*exception)
+
+
+class _Unwrapped(Mapped):
+    """A training checkpoint without the prefix of the module that DeepSpeed trains."""
+
+    def __init__(self, source: TensorSource) -> None:
+        names = {name.removeprefix(_ENGINE): name for name in source.tensors}
+        copies = {second.removeprefix(_ENGINE): first.removeprefix(_ENGINE) for second, first in source.aliases.items()}
+        steps = tuple(Step(today, (name,)) for today, name in names.items() if today not in copies)
+        super().__init__(source, KeyPlan(steps, copies=copies))

@@ -1,0 +1,125 @@
+"""The UNITER that a checkpoint's tensors are for: its configuration, its shapes, and values for what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlscale.convert.opening import Opened
+from vlscale.convert.source import TensorInfo, TensorSource
+from vlscale.convert.uniter import config_of_shapes, sizes_of_shapes
+from vlscale.errors import VlscaleError
+from vlscale.models.folder import CONFIG_FILE, parse_config, read_json
+from vlscale.models.registry import load_preset, preset_names
+from vlscale.models.uniter import HEADS, UniterConfig, UniterForPretraining
+
+SEED = 0
+_SETTINGS = {
+    "layer_norm_eps": "layer_norm_eps",
+    "initializer_range": "initializer_range",
+    "hidden_dropout_prob": "hidden_dropout",
+    "hidden_dropout": "hidden_dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+    "attention_dropout": "attention_dropout",
+    "feature_dim": "feature_dim",
+    "num_classes": "num_classes",
+}
+"""Key of a BERT's, published or own configuration -> ours, for what the tensors may not show."""
+_HEAD_PARTS = {
+    "words": "word_head.",
+    "features": "feature_head.",
+    "classes": "region_classifier.",
+    "matching": "itm_head.",
+}
+
+
+def config_of(opened: Opened, model: str | None) -> UniterConfig:
+    """Find the configuration of a checkpoint: what it says itself, else what ``model`` and its shapes say.
+
+    Args:
+        opened: a checkpoint under our names.
+        model: a preset's name, or the path of a config.json (vlscale's or the published form); None: there may be a
+            config.json beside the file.
+
+    Raises:
+        VlscaleError: unknown preset, unreadable file, or sizes that are not known.
+    """
+    where = str(opened.source.path)
+    shapes = {name: info.shape for name, info in opened.mapped.tensors.items()}
+    if opened.layout == "vlscale" and opened.config is not None and model is None:
+        raw = {key: value for key, value in opened.config.items() if key != "model_type"}
+        return parse_config(UniterConfig, raw, where)
+    stated = _stated(opened, model)
+    heads = tuple(head for head in HEADS if any(name.startswith(_HEAD_PARTS[head]) for name in shapes))
+    if opened.layout in ("bert", "roberta"):  # a text encoder: heads and images start anew
+        heads = HEADS
+    # Told by the tensors, which know of the words and types that second stages and tasks add; the rest by the settings.
+    more = {ours: stated[theirs] for theirs, ours in _SETTINGS.items() if theirs in stated} | {"heads": heads}
+    fingerprint = opened.source.extra.get("vocabulary", {}).get("fingerprint")
+    if fingerprint:
+        more["vocab_fingerprint"] = fingerprint
+    if stated.get("hidden_act", "gelu") != "gelu":
+        raise VlscaleError(f"{where}: hidden_act is {stated['hidden_act']!r}, only 'gelu' (the exact one) is supported")
+    sizes = sizes_of_shapes(shapes, where)
+    for key in ("hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"):
+        if stated.get(key, sizes[key]) != sizes[key]:
+            raise VlscaleError(
+                f"{where}: {key} is {sizes[key]}, {model or CONFIG_FILE} says {stated[key]}; give its own with --model"
+            )
+    return config_of_shapes(shapes, stated.get("num_attention_heads"), where, more)
+
+
+def _stated(opened: Opened, model: str | None) -> dict[str, Any]:
+    """What is said about the model beside its tensors: raw, of any form."""
+    if model is not None and model in preset_names():
+        return load_preset(model)
+    if model is not None:
+        path = Path(model)
+        if not path.is_file():
+            raise VlscaleError(f"--model {model}: no preset ({', '.join(preset_names())}) and no file")
+        return read_json(path)
+    if opened.config is not None:
+        return opened.config
+    beside = opened.source.path.parent / CONFIG_FILE
+    return read_json(beside) if opened.source.path.is_file() and beside.is_file() else {}
+
+
+def expected_shapes(config: UniterConfig) -> dict[str, tuple[int, ...]]:
+    """Our name -> shape, of every tensor of the model."""
+    with torch.device("meta"):
+        return {name: tuple(each.shape) for name, each in UniterForPretraining(config).state_dict().items()}
+
+
+class Filled:
+    """A source with a new model's values (seed 0) where it has none."""
+
+    def __init__(self, source: TensorSource, config: UniterConfig, missing: Collection[str]) -> None:
+        self._source, self._config, self._missing = source, config, {*missing}
+        self.path, self.format, self.files = source.path, source.format, source.files
+        self.aliases, self.extra = source.aliases, source.extra
+        shapes = expected_shapes(config)
+        self.tensors: Mapping[str, TensorInfo] = {
+            **{name: source.tensors.get(name) or TensorInfo(torch.float32, shape) for name, shape in shapes.items()},
+            **{name: info for name, info in source.tensors.items() if name not in shapes},
+        }
+
+    def read(self, name: str) -> Tensor:
+        """See :class:`~vlscale.convert.source.TensorSource`."""
+        return self._new[name] if name in self._missing else self._source.read(name)
+
+    @cached_property
+    def _new(self) -> dict[str, Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            return UniterForPretraining(self._config).state_dict()
+
+    def __enter__(self) -> Filled:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._source.__exit__(*exception)
