@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from data_tools.exclusion import is_excluded
 from data_tools.records import BadRow, ImageLayout, ImageRecord, ImageSource
 from data_tools.under_way import counted
-from vlscale.data.store_writer import ClassWriter, ImageWriter
+from vlscale.data.store_writer import ClassWriter, ImageWriter, are_probabilities
 from vlscale.errors import VlscaleError
 
 MAX_ID = 512
@@ -199,21 +199,9 @@ class ImageBuilder:
             return "class_probs", "missing, though the source's first image has them"
         if list(probs.shape) != shape or probs.dtype != np.dtype(layout.class_dtype):
             return "class_probs", f"{probs.dtype} {list(probs.shape)}, expected {layout.class_dtype} {shape}"
-        if not _are_probabilities(probs):
+        if not are_probabilities(probs):
             return "class_probs", f"span {probs.min()}..{probs.max()}, expected 0..1"
         return None
-
-
-def _are_probabilities(probs: NDArray[Any]) -> bool:
-    """Whether all values lie in 0..1.001.
-
-    Compared as integers at first, which is much faster for float16: the bits of numbers from 0 on rise with them, those
-    of negative numbers and NaN lie above.
-    """
-    bits = {2: np.uint16, 4: np.uint32}[probs.dtype.itemsize]
-    if probs.flags.c_contiguous and probs.view(bits).max() <= probs.dtype.type(1.001).view(bits):
-        return True
-    return bool(probs.min() >= 0 and probs.max() <= 1.001)  # NaN fails both
 
 
 def _first(record: ImageRecord, kept: int) -> ImageRecord:
