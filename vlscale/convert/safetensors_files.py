@@ -309,12 +309,17 @@ def write_safetensors(
                 for name in ordered:
                     write_tensor(stream, name, read(name), listed[name])
         if count > 1:
-            total = sum(info.nbytes for info in listed.values())
-            shard_of = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-            index = {"metadata": {"total_size": total}, "weight_map": shard_of}
             with fresh.create(INDEX_FILE) as stream:
-                stream.write((json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
+                stream.write(_index(listed, dict(zip(files, shards, strict=True))))
     return tuple(fresh.paths)
+
+
+def _index(tensors: Mapping[str, TensorInfo], shards: Mapping[str, list[str]]) -> bytes:
+    """Which file holds which tensor, in the form of Hugging Face's index."""
+    total = sum(info.nbytes for info in tensors.values())
+    shard_of = {name: file for file, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": shard_of}
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _shards(tensors: Mapping[str, TensorInfo], most: int) -> list[list[str]]:
