@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -24,12 +26,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Return versions, and for the CPU and every GPU its name and what would run there.
+    """Return versions, what kernels are compiled with, and for the CPU and every GPU its name and what would run there.
 
-    ``devices`` holds ``device``, ``name``, ``ipot`` (the backend that ``auto`` picks), ``ipot_not`` (backend -> why it
-    does not run) and ``attention``.
+    ``compiling`` holds ``compiler`` (C++), ``nvrtc`` (its version) and ``cache`` (the folder of what is compiled), or
+    why there is none. ``devices`` holds ``device``, ``name``, ``ipot`` (the backend that ``auto`` picks), ``ipot_from``
+    (where its kernels come from), ``ipot_not`` (backend -> why it does not run) and ``attention``.
     """
     import torch
+
+    from vlscale.kernels.ipot import compiled_files, native, nvrtc
 
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
@@ -39,6 +44,11 @@ def examine() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
+        "compiling": {
+            "compiler": _or_why(lambda: shlex.join(native.compiler())),
+            "nvrtc": _or_why(lambda: ".".join(map(str, nvrtc.version()))),
+            "cache": _or_why(lambda: str(compiled_files.cache_folder())),
+        },
         "devices": [_device(device) for device in devices],
     }
 
@@ -49,21 +59,52 @@ def _device(device: Any) -> dict[str, Any]:
     from vlscale.kernels.ipot import backends
 
     problems = {name: backends.problem(name, device) for name in backends.BACKENDS}
+    chosen, architecture = backends.resolve_backend("auto", device), ""
     if device.type == "cpu":
         name, attention = platform.processor() or platform.machine(), "padded, packed from 32 keys on (PyTorch)"
     else:
         capability = torch.cuda.get_device_capability(device)
-        name = f"{torch.cuda.get_device_name(device)}, sm_{capability[0]}{capability[1]}"
-        kernel = "FlashAttention" if capability >= (8, 0) else "memory-efficient"
-        attention = f"packed ({kernel} inside PyTorch for half precision)"
+        architecture = f"sm_{capability[0]}{capability[1]}"
+        name = f"{torch.cuda.get_device_name(device)}, {architecture}"
+        attention = "packed (inside PyTorch: FlashAttention for half precision, memory-efficient for float32)"
+        if capability < (8, 0):
+            attention = "packed (memory-efficient inside PyTorch for float16 and float32), padded for bfloat16"
     return {
         "device": str(device),
         "name": name,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "ipot": backends.resolve_backend("auto", device),
+        "ipot": chosen,
+        "ipot_from": kernels_of(chosen, architecture),
         "ipot_not": {name: why for name, why in problems.items() if why},
         "attention": attention,
     }
+
+
+def kernels_of(backend: str, architecture: str) -> str:
+    """Where the kernels of an IPOT backend come from: installed ready made, or compiled at first use, and by what.
+
+    Args:
+        backend: one that runs here.
+        architecture: of the GPU that it runs on, ``sm_70`` etc.; empty for a CPU.
+    """
+    from vlscale.kernels.ipot import cuda_sources, native, nvrtc
+
+    if backend == "cpu":
+        return f"compiled at first use, {native.load()[1]}"
+    if backend == "triton":
+        return f"compiled at first use by Triton {_version('triton')}, into a cache folder of its own"
+    if backend == "cuda":
+        if cuda_sources.is_prebuilt(architecture):
+            return f"prebuilt for {architecture}, {nvrtc.PREBUILT}"
+        return f"compiled at first use by NVRTC for {architecture}"
+    return "operators of PyTorch"
+
+
+def _or_why(look: Callable[[], str]) -> str:
+    try:
+        return look()
+    except OSError as error:
+        return f"none: {error}"
 
 
 def _version(package: str) -> str | None:
@@ -76,10 +117,12 @@ def _version(package: str) -> str | None:
 def _text(found: dict[str, Any]) -> str:
     lines = [f"python {found['python']}, {found['platform']}, CUDA {found['cuda'] or 'none'}"]
     lines += [f"{name} {release or 'not installed'}" for name, release in found["packages"].items()]
+    names = (("C++ compiler", "compiler"), ("NVRTC", "nvrtc"), ("compiled kernels in", "cache"))
+    lines += ["", *(f"{name} {found['compiling'][key]}" for name, key in names)]
     for device in found["devices"]:
         threads = f", {device['threads']} threads" if device["threads"] else ""
         lines += ["", f"{device['device']}: {device['name']}{threads}", f"  attention  {device['attention']}"]
-        lines += [f"  IPOT       {device['ipot']}"]
+        lines += [f"  IPOT       {device['ipot']}: {device['ipot_from']}"]
         lines += [f"             not {name}: {why}" for name, why in device["ipot_not"].items()]
     if len(found["devices"]) == 1:
         lines += ["", "no GPU is visible to PyTorch"]

@@ -17,6 +17,8 @@ from vlscale.kernels.ipot.function import Settings
 from vlscale.ragged import cumulative
 
 BETA, ITERATIONS = 0.5, 50
+NOTHING = 1e-8
+"""Weight of padding for POT, whose proximal steps take the logarithm of it and make NaN of none at all."""
 Distance = Callable[[], Tensor]
 
 
@@ -57,8 +59,13 @@ class Pairs:
 
     @property
     def cells(self) -> int:
-        """Entries of all padded plans."""
-        return self.padded_words.shape[0] * self.padded_words.shape[1] * self.padded_regions.shape[1]
+        """Entries of all plans, padding left out."""
+        return int((self.cu_words.diff().long() * self.cu_regions.diff()).sum())
+
+    @property
+    def cost_flops(self) -> float:
+        """Operations of the products that the cost cannot do without; with both gradients it is three times as many."""
+        return 2.0 * self.cells * self.words.shape[1]
 
     @property
     def settings(self) -> Settings:
@@ -99,7 +106,8 @@ def pot(pairs: Pairs, method: str) -> Distance:
     import ot
 
     lengths, counts = pairs.cu_words.diff(), pairs.cu_regions.diff()
-    a, b = (_weights(n, side) for n, side in ((lengths, pairs.padded_words), (counts, pairs.padded_regions)))
+    sides = ((lengths, pairs.padded_words), (counts, pairs.padded_regions))
+    a, b = (_weights(n, side).clamp_min(NOTHING) for n, side in sides)
     how = {"reg": BETA} if method == "sinkhorn" else {"reg": None, "inner_reg": BETA, "inner_iter": 1}
 
     def run() -> Tensor:
@@ -133,21 +141,6 @@ def flash_sinkhorn(pairs: Pairs) -> Distance:
         allow_tf32=False,
     )  # fmt: skip
     return _of_points(pairs, loss)
-
-
-def products(pairs: Pairs) -> tuple[Callable[[], object], Callable[[], object]]:
-    """The floor of a CPU: the matrix products that the cost, and the cost with both gradients, cannot do without."""
-    x, y = pairs.padded_words.detach(), pairs.padded_regions.detach()
-
-    def forward() -> Tensor:
-        return torch.bmm(x, y.transpose(1, 2))
-
-    def both() -> None:
-        cost = forward()
-        torch.bmm(cost, y)
-        torch.bmm(cost.transpose(1, 2), x)
-
-    return forward, both
 
 
 def _of_points(pairs: Pairs, loss: Callable[..., Tensor]) -> Distance:

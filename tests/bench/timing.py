@@ -36,6 +36,22 @@ def medians(ways: Mapping[str, Callable[[], object]], runs: int, device: str = "
     return {name: statistics.median(seconds) for name, seconds in seconds_of(ways, runs, device).items()}
 
 
+def with_best(
+    ways: Mapping[str, Callable[[], object]],
+    yardsticks: Mapping[str, tuple[Callable[[], object], float]],
+    runs: int,
+    device: str = "cpu",
+) -> tuple[dict[str, float], float]:
+    """Median seconds of the ways, and the most per second that any run of the yardsticks reached, all interleaved.
+
+    A yardstick is a call and how much it does (operations, bytes). The best run counts, because what a machine can do
+    at most is sought, and a neighbour slows some of the runs.
+    """
+    seconds = seconds_of({**ways, **{name: call for name, (call, _) in yardsticks.items()}}, runs, device)
+    best = max((amount / min(seconds[name]) for name, (_, amount) in yardsticks.items()), default=0.0)
+    return {name: statistics.median(seconds[name]) for name in ways}, best
+
+
 def machine(device: str) -> dict[str, Any]:
     """Date, processor or GPU, threads and versions: what a figure means nothing without."""
     return {

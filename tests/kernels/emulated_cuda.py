@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import subprocess
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from vlscale.kernels.ipot.cuda_sources import SizeClass, Source, backward_kernel, size_class
-from vlscale.kernels.ipot.function import Outcome, Packed, Settings
-from vlscale.kernels.ipot.numerics import NORM_FLOOR
+from vlscale.kernels.ipot import cuda_backend
+from vlscale.kernels.ipot.cuda_sources import SizeClass, Source
+from vlscale.kernels.ipot.function import Kept, Outcome, Packed, Settings
 
 HERE = Path(__file__).parent
-FORWARD = """
-extern "C" void run_forward(int examples, const scalar* words, const scalar* regions, const int64* cu_words,
-    const int64* cu_regions, int hidden, float beta, int iterations, int inner, float floor, int wide, int tall,
-    float* plan, float* distance, float* a, float* b, float* c, float* d) {
-    run_grid({(unsigned)examples, 1, 1}, THREADS, [=] { ipot_forward(words, regions, cu_words, cu_regions, hidden, beta,
-        iterations, inner, floor, wide, tall, plan, distance, Kept{a, b, c, d}); });
-}
-"""
-BACKWARD = """
-extern "C" void run_backward(int examples, const scalar* words, const scalar* regions, const int64* cu_words,
-    const int64* cu_regions, int hidden, int wide, int tall, const float* plan, const float* gradient, float* a,
-    float* b, float* c, float* d, scalar* grad_words, scalar* grad_regions) {
-    run_grid({(unsigned)examples, (unsigned)((hidden + WIDTH - 1) / WIDTH), 2}, WIDTH, [=] { ipot_backward(words,
-        regions, cu_words, cu_regions, hidden, wide, tall, plan, gradient, Kept{a, b, c, d}, grad_words,
-        grad_regions); });
+RUN = """
+extern "C" int count() { return parameters(KERNEL); }
+extern "C" void run(unsigned x, unsigned y, unsigned z, unsigned threads, int reversed, void** arguments) {
+    run_grid(KERNEL, {x, y, z}, threads, reversed, arguments);
 }
 """
 
@@ -40,8 +32,10 @@ def library(source: Source) -> ctypes.CDLL:
     """Compile one source and load it."""
     text = "\n".join([
         '#include "emulated_cuda.h"',
-        source.text.replace('extern "C" __global__', "static __global__"),
-        BACKWARD if source.name == "ipot_backward" else FORWARD,
+        "namespace {",
+        source.text.replace('extern "C" __global__', "__global__"),
+        "}",
+        RUN.replace("KERNEL", source.name),
     ])  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "emulated.so"
@@ -51,41 +45,68 @@ def library(source: Source) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
 
 
-def call(function: ctypes._NamedFuncPointer, *arguments: Tensor | int | float) -> None:
-    function.restype = None
-    function(
-        *(
-            ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor)
-            else ctypes.c_float(a) if isinstance(a, float) else ctypes.c_int(a)
-            for a in arguments
-        )
-    )  # fmt: skip
+def launch(
+    source: Source,
+    device: torch.device,
+    grid: tuple[int, int, int],
+    threads: int,
+    *arguments: cuda_backend.Argument,
+) -> None:
+    """In place of ``cuda_backend._launch``: run the threads in both orders, which must not differ in a bit."""
+    compiled, values = library(source), cuda_backend.c_values(arguments)
+    assert device.type == "cpu"
+    assert compiled.count() == len(values)
+    tensors = [part for value in arguments for part in _tensors(value)]
+    before, after = [tensor.clone() for tensor in tensors], []
+    for reverse in (0, 1):
+        for tensor, content in zip(tensors, before, strict=True):
+            tensor.detach().copy_(content)
+        compiled.run(*grid, threads, reverse, cuda_backend.pointers(values))
+        after.append([tensor.detach().clone() for tensor in tensors])
+    for one, other in zip(*after, strict=True):
+        assert torch.equal(one.nan_to_num(12345.0), other.nan_to_num(12345.0)), "a barrier is missing"
 
 
-class EmulatedKernel:
+def _tensors(value: cuda_backend.Argument) -> tuple[Tensor, ...]:
+    return value.tensors if isinstance(value, Kept) else (value,) if isinstance(value, Tensor) else ()
+
+
+class _Forced(SizeClass):
+    """A tile in one form whatever beta is."""
+
+    log_form: bool
+
+    def needs_log_form(self, beta: float) -> bool:
+        return self.log_form
+
+
+def _forced(tile: SizeClass, log_form: bool) -> SizeClass:
+    made = _Forced(**dataclasses.asdict(tile))
+    object.__setattr__(made, "log_form", log_form)
+    return made
+
+
+class EmulatedKernel(cuda_backend.CudaKernel):
     """``CudaKernel`` on CPU tensors; ``tile`` and ``log_form`` override its choice."""
 
     def __init__(self, tile: SizeClass | None = None, log_form: bool | None = None) -> None:
         self.tile, self.log_form = tile, log_form
 
     def forward(self, inputs: Packed, settings: Settings, outcome: Outcome) -> None:
-        tile = self.tile or size_class(settings.max_words, settings.max_regions)
-        log_form = tile.needs_log_form(settings.beta) if self.log_form is None else self.log_form
         for tensor in (outcome.plan, outcome.distance, *outcome.kept.tensors):
             tensor.fill_(float("nan"))  # whatever a kernel forgets to write is seen
-        call(
-            library(tile.forward_kernel(inputs.words.dtype, log_form)).run_forward, inputs.examples, inputs.words,
-            inputs.regions, inputs.cu_words, inputs.cu_regions, inputs.hidden, settings.beta, settings.iterations,
-            settings.inner_iterations, NORM_FLOOR, settings.max_words, settings.max_regions, outcome.plan,
-            outcome.distance, *outcome.kept.tensors,
-        )  # fmt: skip
+        tile = self.tile
+        if tile is not None and self.log_form is not None:
+            tile = _forced(tile, self.log_form)
+        with ExitStack() as replaced:
+            replaced.enter_context(patch.object(cuda_backend, "_launch", launch))
+            if tile is not None:
+                replaced.enter_context(patch.object(cuda_backend, "size_class", lambda *_: tile))
+            super().forward(inputs, settings, outcome)
 
     def backward(self, inputs: Packed, outcome: Outcome, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        found = torch.full_like(inputs.words, float("nan")), torch.full_like(inputs.regions, float("nan"))
-        _, tall, wide = outcome.plan.shape
-        call(
-            library(backward_kernel(inputs.words.dtype)).run_backward, inputs.examples, inputs.words, inputs.regions,
-            inputs.cu_words, inputs.cu_regions, inputs.hidden, wide, tall, outcome.plan, gradient,
-            *outcome.kept.tensors, *found,
-        )  # fmt: skip
-        return found
+        def poisoned(like: Tensor) -> Tensor:
+            return torch.full_like(like, float("nan"))
+
+        with patch.object(cuda_backend, "_launch", launch), patch.object(torch, "empty_like", poisoned):
+            return super().backward(inputs, outcome, gradient)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from vlscale.kernels.ipot import nvrtc, prebuild
-from vlscale.kernels.ipot.cuda_sources import all_kernels
+from vlscale.kernels.ipot.cuda_sources import all_kernels, is_prebuilt
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,8 +44,8 @@ def test_an_install_that_asks_for_it_brings_every_kernel(tmp_path, monkeypatch):
     assert len(names) == 2 * len(kernels) == 60
     monkeypatch.setattr(nvrtc, "PREBUILT", tmp_path / "installed/vlscale/kernels/ipot/prebuilt")
     monkeypatch.setattr(nvrtc, "library", None)  # not asked
-    assert nvrtc.is_prebuilt("sm_70")
-    assert not nvrtc.is_prebuilt("sm_80")
+    assert is_prebuilt("sm_70")
+    assert not is_prebuilt("sm_80")
     for kernel in kernels:
         assert kernel.compiled("sm_70").figure("registers") > 0
 

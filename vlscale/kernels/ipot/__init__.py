@@ -1,15 +1,15 @@
 """Optimal transport between the words and the regions of each example (IPOT), behind one signature.
 
 Backends are chosen by name; ``"auto"`` picks the fastest that the machine can run (see ``vlscale doctor``). All of them
-compute in float32 (float64 for float64 inputs), take half-precision inputs as they are, and let the gradient flow
-through the cost only.
+take float32, float16 and bfloat16 as they are, compute in float32, and let the gradient flow through the cost only.
+``reference`` and ``cpu`` take float64 too and compute it in float64; on a GPU that leaves the reference.
 
-| backend | where |
-| --- | --- |
-| ``reference`` | anywhere, any float dtype: plain PyTorch, which the others are measured against |
-| ``cpu`` | CPUs with a C++ compiler, which is asked once |
-| ``triton`` | NVIDIA GPUs from sm_80 on |
-| ``cuda`` | NVIDIA GPUs from sm_70 on (V100), compiled by NVRTC at first use |
+| backend | where | largest example |
+| --- | --- | --- |
+| ``reference`` | anywhere: plain PyTorch, which the others are measured against | any |
+| ``cpu`` | CPUs with a C++ compiler, which is asked once | any |
+| ``triton`` | NVIDIA GPUs from sm_80 on; float32 only on sm_10x and sm_11x | 64 words x 128 regions, 128 x 64 |
+| ``cuda`` | NVIDIA GPUs from sm_70 on (V100), compiled by NVRTC at first use | 1,024 words x 512 regions |
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlscale.kernels.ipot import backends, checks, reference
 from vlscale.kernels.ipot.backends import BACKENDS, resolve_backend
-from vlscale.kernels.ipot.function import Settings, run
+from vlscale.kernels.ipot.function import Settings, packed_rows, run
 from vlscale.kernels.ipot.reference import cosine_cost
 from vlscale.ragged import cumulative
 
@@ -93,14 +93,16 @@ def ipot_distance(
         float32 [B] (float64 for float64 inputs), and the plan where asked for.
 
     Raises:
-        ValueError: shapes, dtypes, devices, lengths or settings that do not fit, before anything is launched.
+        ValueError: shapes, dtypes, devices, lengths or settings that do not fit, or examples larger than the backend of
+            this name takes, before anything is launched.
         VlscaleError: unknown backend, or one that does not run here.
     """
     checks.check_settings(beta, iterations, inner_iterations)
     checks.check_packed(words, regions, cu_words, cu_regions, max_words, max_regions)
-    name = resolve_backend(backend, words.device, words.dtype)
     if max_words is None or max_regions is None:
-        max_words, max_regions = reference.longest(cu_words.diff(), cu_regions.diff())
+        resolve_backend(backend, words.device, words.dtype)  # what cannot run is refused without waiting for lengths
+        max_words, max_regions = checks.packed_bounds(words, regions, cu_words, cu_regions)
+    name = resolve_backend(backend, words.device, words.dtype, max_words, max_regions)
     settings = Settings(float(beta), iterations, inner_iterations, max(max_words, 1), max(max_regions, 1))
     if name == "reference":
         distance, plan = reference.ipot_packed(words, regions, cu_words, cu_regions, settings)
@@ -123,17 +125,18 @@ def ipot_distance_padded(
     """Return the distances of padded words [B, T, H] and regions [B, R, H]; padding may hold anything, even NaN.
 
     ``word_lengths`` and ``region_counts`` are int [B]. The rest is as in :func:`ipot_distance`. Compiled backends take
-    packed rows, and finding them waits for a GPU once: prefer packed inputs there.
+    packed rows, and counting them waits for a GPU once: prefer packed inputs there.
     """
     checks.check_settings(beta, iterations, inner_iterations)
     checks.check_padded(words, regions, word_lengths, region_counts)
-    if resolve_backend(backend, words.device, words.dtype) == "reference":
+    if resolve_backend(backend, words.device, words.dtype, words.shape[1], regions.shape[1]) == "reference":
         settings = Settings(float(beta), iterations, inner_iterations, max(words.shape[1], 1), max(regions.shape[1], 1))
         distance, plan = reference.ipot_padded(words, regions, word_lengths, region_counts, settings)
         return (distance, plan) if return_plan else distance
+    in_words, in_regions = checks.padded_counts(words, regions, word_lengths, region_counts)
     found = ipot_distance(
-        words[reference.valid(word_lengths, words.shape[1])],
-        regions[reference.valid(region_counts, regions.shape[1])],
+        packed_rows(words, word_lengths, in_words),
+        packed_rows(regions, region_counts, in_regions),
         cumulative(word_lengths),
         cumulative(region_counts),
         beta,
@@ -168,13 +171,15 @@ def transport_plan(
         beta: proximal step; smaller is sharper.
         iterations: outer iterations.
         inner_iterations: updates of (delta, sigma) per outer iteration (k in the paper).
-        backend: ``auto``, ``reference`` or ``cpu``; GPUs take the reference.
+        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; on a GPU without Triton, or of large costs, it is the
+            reference, which waits for the GPU to look at the costs.
 
     Raises:
-        ValueError: shapes, dtypes, devices, lengths or settings that do not fit.
+        ValueError: shapes, dtypes, devices, lengths or settings that do not fit, or more than the backend of this name
+            takes.
         VlscaleError: unknown backend, or one that does not run here or takes no costs.
     """
     checks.check_settings(beta, iterations, inner_iterations)
     checks.check_cost(cost_BTR, word_lengths, region_counts)
-    plan_of = backends.plan_function(backend, cost_BTR.device, cost_BTR.dtype)
+    plan_of = backends.plan_function(backend, cost_BTR.device, cost_BTR.dtype, *cost_BTR.shape[1:])
     return plan_of(cost_BTR, word_lengths, region_counts, float(beta), iterations, inner_iterations)

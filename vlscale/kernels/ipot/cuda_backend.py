@@ -2,12 +2,14 @@
 
 The kernels of ``cuda_sources.py`` come compiled (``prebuild.py``) or are compiled by NVRTC at first use for the GPU at
 hand into a cache folder, and are launched through the driver on PyTorch's current stream; nothing waits for the GPU.
+Loading a kernel is no work of a stream, so call each size once before capturing a graph.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +17,12 @@ from torch import Tensor
 
 from vlscale.kernels.ipot import nvrtc
 from vlscale.kernels.ipot.checks import nvidia_problem
-from vlscale.kernels.ipot.cuda_sources import WIDTH, Source, backward_kernel, size_class
+from vlscale.kernels.ipot.cuda_sources import WIDTH, Source, backward_kernel, is_prebuilt, size_class
 from vlscale.kernels.ipot.function import Kept, Outcome, Packed, Settings
 from vlscale.kernels.ipot.numerics import NORM_FLOOR
+
+Argument = Tensor | int | float | Kept
+"""Of a kernel."""
 
 
 def problem(device: torch.device) -> str | None:
@@ -25,13 +30,7 @@ def problem(device: torch.device) -> str | None:
     why = nvidia_problem(device, (7, 0))
     if why:
         return why
-    try:
-        if not nvrtc.is_prebuilt(_architecture(device)):
-            nvrtc.version()
-        _driver()
-    except OSError as error:
-        return str(error)
-    return None
+    return _cannot_load(_architecture(device))
 
 
 class CudaKernel:
@@ -64,12 +63,24 @@ class CudaKernel:
         return grad_words, grad_regions
 
 
+@functools.cache
+def _cannot_load(architecture: str) -> str | None:
+    """Why kernels for ``architecture`` are not to be had, or None; asked once, as it reads files."""
+    try:
+        if not is_prebuilt(architecture):
+            nvrtc.target(architecture)
+        _driver()
+    except OSError as error:
+        return str(error)
+    return None
+
+
 class _KeptPointers(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("word", "region", "share_word", "share_region"))
 
 
 class _Function:
-    """A kernel in the driver's hands, for one device."""
+    """A kernel in the driver's hands, for one device, whose context is current."""
 
     def __init__(self, cubin: bytes, name: str) -> None:
         module, self._handle = ctypes.c_void_p(), ctypes.c_void_p()
@@ -77,29 +88,46 @@ class _Function:
         _check(_driver().cuModuleGetFunction(ctypes.byref(self._handle), module, name.encode()), "cuModuleGetFunction")
         self._cubin = cubin
 
-    def launch(self, grid: tuple[int, int, int], threads: int, *arguments: Tensor | int | float | Kept) -> None:
-        """Launch on PyTorch's current stream. Whole numbers are ``int``, others ``float``, tensors pointers."""
-        values = [_argument(value) for value in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        status = _driver().cuLaunchKernel(self._handle, *grid, threads, 1, 1, 0, stream, pointers, None)
+    def launch(self, grid: tuple[int, int, int], threads: int, stream: int, arguments: ctypes.Array[Any]) -> None:
+        """Launch with ``arguments`` as :func:`pointers` gives them."""
+        status = _driver().cuLaunchKernel(
+            self._handle, *grid, threads, 1, 1, 0, ctypes.c_void_p(stream), arguments, None
+        )
         _check(status, "cuLaunchKernel")
 
 
 def _launch(
-    source: Source,
-    device: torch.device,
-    grid: tuple[int, int, int],
-    threads: int,
-    *arguments: Tensor | int | float | Kept,
+    source: Source, device: torch.device, grid: tuple[int, int, int], threads: int, *arguments: Argument
 ) -> None:
+    """Launch on PyTorch's current stream of ``device``."""
     with torch.cuda.device(device):
-        _function(source, _architecture(device), device.index or 0).launch(grid, threads, *arguments)
+        index = torch.cuda.current_device()
+        _enter_context(index)
+        function = _function(source, _architecture(device), index)
+        values = c_values(arguments)
+        function.launch(grid, threads, torch.cuda.current_stream().cuda_stream, pointers(values))
+
+
+def c_values(arguments: Sequence[Argument]) -> list[Any]:
+    """What a kernel takes: whole numbers are ``int``, others ``float``, tensors pointers."""
+    return [_c_value(value) for value in arguments]
+
+
+def pointers(values: Sequence[Any]) -> ctypes.Array[Any]:
+    """Pointers to ``values``, which must outlive them: the form in which the driver takes a kernel's arguments."""
+    return (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+
+
+def _c_value(value: Argument) -> Any:
+    if isinstance(value, Kept):
+        return _KeptPointers(*(tensor.data_ptr() for tensor in value.tensors))
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int(value)
 
 
 @functools.cache
-def _function(source: Source, architecture: str, device: int) -> _Function:
-    torch.cuda.current_stream().synchronize()  # makes the primary context current in this thread
+def _function(source: Source, architecture: str, _device: int) -> _Function:
     return _Function(source.compiled(architecture).cubin, source.name)
 
 
@@ -108,12 +136,33 @@ def _architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def _argument(value: Tensor | int | float | Kept) -> Any:
-    if isinstance(value, Kept):
-        return _KeptPointers(*(tensor.data_ptr() for tensor in value.tensors))
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int(value)
+def _enter_context(device: int) -> None:
+    """Make the device's primary context current in this thread, unless one of the device is.
+
+    A thread that has not called CUDA's runtime has none, such as autograd's own when all memory comes from PyTorch's
+    cache, and ``torch.cuda.device`` calls nothing where the device is the current one already.
+    """
+    current = ctypes.c_int()
+    if _driver().cuCtxGetDevice(ctypes.byref(current)) == 0 and current.value == _device_handle(device):
+        return
+    _check(_driver().cuCtxSetCurrent(_primary_context(device)), "cuCtxSetCurrent")
+
+
+@functools.cache
+def _device_handle(device: int) -> int:
+    found = ctypes.c_int()
+    _check(_driver().cuDeviceGet(ctypes.byref(found), device), "cuDeviceGet")
+    return found.value
+
+
+@functools.cache
+def _primary_context(device: int) -> ctypes.c_void_p:
+    """Retained once and for good; PyTorch holds it too."""
+    context = ctypes.c_void_p()
+    _check(
+        _driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), _device_handle(device)), "cuDevicePrimaryCtxRetain"
+    )
+    return context
 
 
 @functools.cache
@@ -123,4 +172,7 @@ def _driver() -> ctypes.CDLL:
 
 def _check(status: int, call: str) -> None:
     if status != 0:
-        raise RuntimeError(f"{call} failed with CUDA error {status}")
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        why = text.value.decode(errors="replace") if text.value else "unknown to this driver"
+        raise RuntimeError(f"{call} failed with CUDA error {status}: {why}")

@@ -17,7 +17,9 @@ from vlscale.kernels.ipot.numerics import COSINE_RANGE, needs_log_form
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 WIDTH = 128
-"""Columns of a block of the backward pass (``ipot_backward.cu``)."""
+"""Columns of a block of the backward pass."""
+MOST_WORDS, MOST_REGIONS = 1024, 512
+"""Of an example in ``ipot_large.cu``."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,11 @@ class SizeClass:
 
     def forward_kernel(self, dtype: torch.dtype, log_form: bool) -> Source:
         """What computes examples of this size."""
-        file = "ipot_large.cu" if self.large else "ipot_tile.cu"
-        return Source(file, "ipot_forward", (*self.defines(dtype), f"LOG={log_form:d}"))
+        common = (*self.defines(dtype), f"LOG={log_form:d}")
+        if self.large:
+            most = (f"MOST_WORDS={MOST_WORDS}", f"MOST_REGIONS={MOST_REGIONS}")
+            return Source("ipot_large.cu", "ipot_forward", (*common, *most))
+        return Source("ipot_tile.cu", "ipot_forward", common)
 
     def defines(self, dtype: torch.dtype) -> tuple[str, ...]:
         """What the prelude is compiled with."""
@@ -77,13 +82,11 @@ class SizeClass:
 
 TILES = (SizeClass(32, 64, 4), SizeClass(64, 64, 8), SizeClass(64, 128, 8), SizeClass(128, 128, 16))
 LARGE = SizeClass(64, 64, 16, large=True)
-MOST_WORDS, MOST_REGIONS = 1024, 512
-"""Of an example in ``ipot_large.cu``."""
 
 
 def backward_kernel(dtype: torch.dtype) -> Source:
     """What computes gradients, of examples of any size; the prelude wants a tile, any will do."""
-    return Source("ipot_backward.cu", "ipot_backward", LARGE.defines(dtype))
+    return Source("ipot_backward.cu", "ipot_backward", (*LARGE.defines(dtype), f"WIDTH={WIDTH}"))
 
 
 def all_kernels() -> Iterator[Source]:
@@ -94,6 +97,11 @@ def all_kernels() -> Iterator[Source]:
         for tile in TILES:
             for log_form in (False, True):
                 yield tile.forward_kernel(dtype, log_form)
+
+
+def is_prebuilt(architecture: str) -> bool:
+    """Whether every kernel came compiled from these very sources, so that NVRTC is not needed on ``architecture``."""
+    return all(nvrtc.is_prebuilt(kernel.text, architecture, kernel.defines) for kernel in all_kernels())
 
 
 def size_class(max_words: int, max_regions: int) -> SizeClass:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vlscale.ragged import cumulative, owners
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -131,6 +133,21 @@ def run(
     cu_words, cu_regions = (cu.long().contiguous() for cu in (cu_words, cu_regions))
     distance, plan = _Ipot.apply(words, regions, cu_words, cu_regions, kernel, settings)
     return distance, plan
+
+
+def packed_rows(rows_BLH: Tensor, lengths: Tensor, count: int) -> Tensor:
+    """Return the valid rows [count, H] of padded ones, without waiting for a GPU.
+
+    Args:
+        rows_BLH: [B, L, H]; padding may hold anything.
+        lengths: int [B], in 0..L.
+        count: their sum, from :func:`vlscale.kernels.ipot.checks.padded_counts`.
+    """
+    _, most, hidden = rows_BLH.shape
+    cu = cumulative(lengths).long()
+    owner = owners(cu, count)
+    places = owner * most + torch.arange(count, device=lengths.device) - cu[owner]
+    return rows_BLH.reshape(-1, hidden).index_select(0, places)
 
 
 class _Ipot(torch.autograd.Function):

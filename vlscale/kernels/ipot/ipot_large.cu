@@ -1,10 +1,8 @@
 // IPOT on NVIDIA GPUs from sm_70 on: the forward pass of examples beyond a tile. See reference.py for the algorithm and its names.
+// Defined by the caller: MOST_WORDS and MOST_REGIONS of an example.
 //
 // One block per example, products tile by tile, and always the log form: it needs one matrix, which lies in the plan's own
 // memory (and mostly in the second-level cache), and two vectors, which lie in shared memory.
-
-#define MOST_WORDS 1024
-#define MOST_REGIONS 512
 
 // log of the sum of exp(offset[k] + step * row[k * stride]) over k = begin, begin + by, ..., below count.
 __device__ __forceinline__ float log_sum(const float* row, int64 stride, const float* offset, float step, int begin,
@@ -18,17 +16,18 @@ __device__ __forceinline__ float log_sum(const float* row, int64 stride, const f
     return best + logf(total);
 }
 
-// Cosines of all words and regions into matrix [tall][wide], and what is kept of norms.
+// Cosines of all words and regions into matrix [tall][wide], and what is kept of norms. The rows and columns that a thread
+// writes are those that it goes through next, so no barrier is needed in between.
 __device__ __forceinline__ void all_cosines(const scalar* x, const scalar* y, int m, int n, int hidden, float floor,
                                             float* matrix, int wide, float* inverse_word, float* inverse_region) {
     __shared__ __align__(16) float staged[(TM + TN) * PITCH];
-    __shared__ float inverse[TM + TN], clamped[TM + TN];
+    __shared__ float inverse[TM + TN], free[TM + TN];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (int i0 = 0; i0 < m || i0 == 0; i0 += TM)
         for (int j0 = 0; j0 < n || j0 == 0; j0 += TN) {
             float cosine[ROWS][COLUMNS];
             cosines(x + static_cast<int64>(i0) * hidden, y + static_cast<int64>(j0) * hidden, m - i0, n - j0, hidden,
-                    floor, staged, inverse, clamped, cosine);
+                    floor, staged, inverse, free, cosine);
             for (int place = threadIdx.x; place < TM + TN; place += THREADS) {
                 if (place < TM && i0 + place < m) inverse_word[i0 + place] = inverse[place];
                 if (place >= TM && j0 + place - TM < n) inverse_region[j0 + place - TM] = inverse[place];
@@ -40,7 +39,6 @@ __device__ __forceinline__ void all_cosines(const scalar* x, const scalar* y, in
                     const int j = j0 + warp + WARPS * r, i = i0 + lane + 32 * c;
                     if (j < n && i < m) matrix[static_cast<int64>(j) * wide + i] = cosine[r][c];
                 }
-            __syncthreads();
         }
 }
 
@@ -61,7 +59,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int i = threadIdx.x; i < m; i += THREADS) share_x[i] = 0.0f;
     for (int j = threadIdx.x; j < n; j += THREADS) share_y[j] = 0.0f;
     if (threadIdx.x == 0) distance[blockIdx.x] = 0.0f;
-    __syncthreads();
     all_cosines(words + first_word * hidden, regions + first_region * hidden, m, n, hidden, floor, matrix, wide,
                 inverse_x, inverse_y);
     if (m <= 0 || n <= 0) return;
@@ -78,7 +75,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         word[i] = 0.0f;
         sigma[i] = -log_m;
     }
-    __syncthreads();
     for (int t = 1; t <= iterations; ++t) {
         const float step = static_cast<float>(t);
         for (int i = threadIdx.x; i < m; i += THREADS) ahead[i] = word[i] + sigma[i];
@@ -97,7 +93,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             sigma[i] = ahead[i] - word[i];
             word[i] = ahead[i];
         }
-        __syncthreads();
     }
     // Potentials grow with the iterations, and their rounding with them: sigma restores the words' marginal, which is exact.
     const float last = static_cast<float>(iterations), unclamped = 1.0f / floor;

@@ -7,6 +7,7 @@
 //   WARPS  of a block of the forward pass
 //
 // In a tile, a warp has the regions w, w + WARPS, ... and a lane the words l, l + 32, ...: sums over words stay inside a warp.
+// Barriers are the fewest that are needed: test_ipot_cuda.py runs warps in two orders and sees each one's absence.
 // Nothing is summed in an order that depends on padding. Products are float32 fused multiply-adds: Volta's matrix units
 // would need headers of a toolkit, and TensorFloat-32 would round the cost.
 
@@ -78,10 +79,11 @@ __device__ __forceinline__ void stage(const scalar* rows, int count, int tile, i
     }
 }
 
-// Cosines of this thread's words and regions; inverse norms of all into `inverse` [TM + TN], and into `clamped` 0 where
-// the norm was below the floor. `staged` is [TM + TN][PITCH], aligned to 16 bytes. Ends with a barrier.
+// Cosines of this thread's words and regions; inverse norms of all into `inverse` [TM + TN], and into `free` 1,
+// or 0 where the norm was below the floor. `staged` is [TM + TN][PITCH], aligned to 16 bytes, and free to be written when
+// this returns; `inverse` and `free` may be read by all.
 __device__ __forceinline__ void cosines(const scalar* x, const scalar* y, int m, int n, int hidden, float floor,
-                                        float* staged, float* inverse, float* clamped,
+                                        float* staged, float* inverse, float* free,
                                         float (&cosine)[ROWS][COLUMNS]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float square = 0.0f;  // of row threadIdx.x of both sides together
@@ -117,12 +119,11 @@ __device__ __forceinline__ void cosines(const scalar* x, const scalar* y, int m,
     if (threadIdx.x < TM + TN) {
         const float norm = sqrtf(square);
         inverse[threadIdx.x] = 1.0f / fmaxf(norm, floor);
-        clamped[threadIdx.x] = norm < floor ? 0.0f : 1.0f;
+        free[threadIdx.x] = norm < floor ? 0.0f : 1.0f;
     }
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < ROWS; ++r)
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c) cosine[r][c] *= inverse[TM + warp + WARPS * r] * inverse[lane + 32 * c];
-    __syncthreads();
 }

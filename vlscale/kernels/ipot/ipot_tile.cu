@@ -176,7 +176,7 @@ __device__ __forceinline__ void solve(float (&value)[ROWS][COLUMNS], int m, int 
             mass[c] += value[r][c];
         }
     }
-    __syncthreads();
+    __syncthreads();  // its memory is divided otherwise than that of the iterations
     columns_over_warps(mass, memory, turn);
     // Potentials grow with the iterations, and their rounding with them: restore the words' marginal, which is exact.
 #pragma unroll
@@ -189,7 +189,7 @@ __device__ __forceinline__ void solve(float (&value)[ROWS][COLUMNS], int m, int 
 
 // Distances, plans and what the backward pass needs, from the plan and the cosines of this thread.
 __device__ __forceinline__ void finish(const float (&plan)[ROWS][COLUMNS], const float (&cosine)[ROWS][COLUMNS], int m,
-                                       int n, const float* clamped, float* memory, int turn, float* distance,
+                                       int n, const float* free, float* memory, int turn, float* distance,
                                        float* share_word, float* share_region) {
     __shared__ float totals[WARPS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -208,7 +208,7 @@ __device__ __forceinline__ void finish(const float (&plan)[ROWS][COLUMNS], const
             }
         }
         share = over_lanes<Add>(share);
-        if (lane == 0 && warp + WARPS * r < n) share_region[warp + WARPS * r] = share * clamped[TM + warp + WARPS * r];
+        if (lane == 0 && warp + WARPS * r < n) share_region[warp + WARPS * r] = share * free[TM + warp + WARPS * r];
     }
     total = over_lanes<Add>(total);
     if (lane == 0) totals[warp] = total;
@@ -216,7 +216,7 @@ __device__ __forceinline__ void finish(const float (&plan)[ROWS][COLUMNS], const
     if (warp == 0) {
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c)
-            if (lane + 32 * c < m) share_word[lane + 32 * c] = column[c] * clamped[lane + 32 * c];
+            if (lane + 32 * c < m) share_word[lane + 32 * c] = column[c] * free[lane + 32 * c];
         if (lane == 0) {
             float sum = 0.0f;
             for (int w = 0; w < WARPS; ++w) sum += totals[w];
@@ -232,14 +232,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                  Kept kept) {
     // What the products are staged in is used again by the iterations: 4 * WARPS * TM is never more.
     __shared__ __align__(16) float memory[(TM + TN) * PITCH];
-    __shared__ float inverse[TM + TN], clamped[TM + TN];
+    __shared__ float inverse[TM + TN], free[TM + TN];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int64 first_word = cu_words[blockIdx.x], first_region = cu_regions[blockIdx.x];
     const int m = static_cast<int>(min(cu_words[blockIdx.x + 1] - first_word, static_cast<int64>(wide)));
     const int n = static_cast<int>(min(cu_regions[blockIdx.x + 1] - first_region, static_cast<int64>(tall)));
     float cosine[ROWS][COLUMNS], value[ROWS][COLUMNS];
     cosines(words + first_word * hidden, regions + first_region * hidden, m, n, hidden, floor, memory, inverse,
-            clamped, cosine);
+            free, cosine);
     for (int place = threadIdx.x; place < TM + TN; place += THREADS) {
         if (place < m) {
             kept.inverse_word[first_word + place] = inverse[place];
@@ -249,7 +249,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             kept.share_region[first_region + place - TM] = 0.0f;
         }
     }
-    __syncthreads();
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         // A constant per region does not change the plan, and its least puts a 1 into every row of the kernel.
@@ -265,8 +264,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     int turn = 0;
     if (m > 0 && n > 0) {
         solve(value, m, n, iterations, inner, memory, turn);
-        __syncthreads();
-        finish(value, cosine, m, n, clamped, memory, turn, distance + blockIdx.x, kept.share_word + first_word,
+        finish(value, cosine, m, n, free, memory, turn, distance + blockIdx.x, kept.share_word + first_word,
                kept.share_region + first_region);
     } else if (threadIdx.x == 0) {
         distance[blockIdx.x] = 0.0f;

@@ -34,9 +34,15 @@ class Compiled:
     log: str
 
     def figure(self, name: str) -> int:
-        """Return one of the log's numbers: ``registers``, ``bytes spill stores``, ``bytes smem``; 0 if absent."""
+        """Return one of the log's numbers: ``registers``, ``bytes spill stores``, ``bytes smem``.
+
+        Raises:
+            ValueError: the log does not tell it (a kernel without shared memory has no ``bytes smem``).
+        """
         found = re.search(rf"(\d+) {name}", self.log)
-        return int(found[1]) if found else 0
+        if found is None:
+            raise ValueError(f"the compiler's log tells no {name!r}: {self.log.strip()[:500]}")
+        return int(found[1])
 
 
 @functools.cache
@@ -68,21 +74,56 @@ def version() -> tuple[int, int]:
     return major.value, minor.value
 
 
+def supported() -> list[str]:
+    """The architectures that NVRTC compiles for, ``sm_70`` etc.
+
+    Raises:
+        OSError: it is not installed.
+    """
+    count = ctypes.c_int()
+    _check(library().nvrtcGetNumSupportedArchs(ctypes.byref(count)), "nvrtcGetNumSupportedArchs")
+    numbers = (ctypes.c_int * count.value)()
+    _check(library().nvrtcGetSupportedArchs(numbers), "nvrtcGetSupportedArchs")
+    return [f"sm_{number}" for number in numbers]
+
+
+def runnable(architecture: str) -> list[str]:
+    """The architectures whose code runs on a GPU of ``architecture``, nearest first: of its major, no higher minor."""
+    number = int(architecture.removeprefix("sm_"))
+    return [f"sm_{lower}" for lower in range(number, number // 10 * 10 - 1, -1)]
+
+
+@functools.cache
+def target(architecture: str) -> str:
+    """What NVRTC compiles for where a GPU is of ``architecture``, which may be newer than NVRTC.
+
+    Raises:
+        OSError: NVRTC is not installed, or compiles nothing that runs there.
+    """
+    known = supported()
+    found = next((each for each in runnable(architecture) if each in known), None)
+    if found is None:
+        raise OSError(f"NVRTC {'.'.join(map(str, version()))} compiles for {', '.join(known)}, not for {architecture}")
+    return found
+
+
 def compile_kernel(source: str, name: str, architecture: str, defines: Sequence[str] = ()) -> Compiled:
     """Compile device source for ``architecture``; what came compiled, or has been compiled before, is read instead.
 
     Args:
         source: CUDA C++, without includes.
         name: of the source, for the compiler's messages.
-        architecture: ``sm_70``, ``sm_80``, ...
+        architecture: of the GPU, ``sm_70``, ``sm_80``, ...; what is returned may be for a lower one that runs there.
         defines: ``NAME=VALUE``.
 
     Raises:
-        OSError: there is no NVRTC, or the source does not compile; the first error is told.
+        OSError: there is no NVRTC, it does not know the architecture, or the source does not compile; the first error
+            is told.
     """
-    options = _options(architecture, defines)
-    if shipped := _read(PREBUILT, f"{architecture}-{_key(source, options)}"):
-        return shipped
+    for lower in runnable(architecture):
+        if shipped := _read(PREBUILT, _prebuilt_key(source, lower, defines)):
+            return shipped
+    options = _options(target(architecture), defines)
     try:
         folder, key = cache_folder(), _key(source, [*options, str(version())])
     except OSError:  # compile anew in each process
@@ -100,16 +141,15 @@ def prebuild(source: str, name: str, architecture: str, defines: Sequence[str], 
     Raises:
         OSError: see :func:`compile_kernel`.
     """
-    options = _options(architecture, defines)
-    made = _compile(source, name, options)
+    made = _compile(source, name, _options(architecture, defines))
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder, f"{architecture}-{_key(source, options)}", made)
+    _write(folder, _prebuilt_key(source, architecture, defines), made)
     return made
 
 
-def is_prebuilt(architecture: str) -> bool:
-    """Whether kernels for ``architecture`` came compiled, so that NVRTC is not needed."""
-    return any(PREBUILT.glob(f"{architecture}-*{SUFFIXES[0]}"))
+def is_prebuilt(source: str, architecture: str, defines: Sequence[str]) -> bool:
+    """Whether just this kernel came compiled for ``architecture`` or one whose code runs there."""
+    return any(_read(PREBUILT, _prebuilt_key(source, lower, defines)) for lower in runnable(architecture))
 
 
 def _compile(source: str, name: str, options: list[str]) -> Compiled:
@@ -147,6 +187,10 @@ def _check(status: int, call: str) -> None:
 
 def _options(architecture: str, defines: Sequence[str]) -> list[str]:
     return [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v", *(f"-D{d}" for d in defines)]
+
+
+def _prebuilt_key(source: str, architecture: str, defines: Sequence[str]) -> str:
+    return f"{architecture}-{_key(source, _options(architecture, defines))}"
 
 
 def _key(source: str, parts: Sequence[str]) -> str:

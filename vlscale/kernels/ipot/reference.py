@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,8 +83,7 @@ def cosine_cost(words_BTH: Tensor, regions_BRH: Tensor, word_lengths: Tensor, re
     regions = torch.where(region_BR[..., None], regions_BRH, 0).to(dtype)
     word_norm_BT = torch.linalg.vector_norm(words, dim=-1).clamp_min(NORM_FLOOR)
     region_norm_BR = torch.linalg.vector_norm(regions, dim=-1).clamp_min(NORM_FLOOR)
-    with _full_precision_products():
-        dots_BTR = torch.bmm(words, regions.transpose(1, 2))
+    dots_BTR = _Product.apply(words, regions.transpose(1, 2))
     cost_BTR = 1 - dots_BTR / word_norm_BT[:, :, None] / region_norm_BR[:, None, :]
     return torch.where(word_BT[:, :, None] & region_BR[:, None, :], cost_BTR, 0)
 
@@ -190,14 +190,6 @@ def _widest(cost_BRT: Tensor, valid_BRT: Tensor) -> float:
     return torch.where(valid_BRT.any(2).any(1), highest_B - lowest_B, 0).max().item()
 
 
-def longest(word_lengths: Tensor, region_counts: Tensor) -> tuple[int, int]:
-    """Return the longest text and the largest image in one synchronisation."""
-    if word_lengths.numel() == 0:
-        return 1, 1
-    words, regions = torch.stack([word_lengths.max(), region_counts.max()]).tolist()
-    return words, regions
-
-
 def _pad(packed: Tensor, cu: Tensor, width: int) -> Tensor:
     """Return [B, width, H], packed [N, H] rows laid out in one scatter, zero elsewhere."""
     examples = cu.numel() - 1
@@ -205,6 +197,24 @@ def _pad(packed: Tensor, cu: Tensor, width: int) -> Tensor:
     within = torch.arange(packed.shape[0], device=packed.device) - cu.long()[owner]
     padded = packed.new_zeros(examples * width, packed.shape[1])
     return padded.index_copy(0, owner * width + within, packed).view(examples, width, packed.shape[1])
+
+
+class _Product(torch.autograd.Function):
+    """A batched product that stays in full precision in its backward pass too, whatever the user's setting is then."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        with _full_precision_products():
+            return torch.bmm(left, right)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        left, right = ctx.saved_tensors
+        return (
+            _Product.apply(gradient, right.transpose(1, 2)) if ctx.needs_input_grad[0] else None,
+            _Product.apply(left.transpose(1, 2), gradient) if ctx.needs_input_grad[1] else None,
+        )
 
 
 @contextmanager

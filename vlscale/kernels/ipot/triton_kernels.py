@@ -1,8 +1,13 @@
-"""IPOT in Triton: cost, iterations and distance of an example in one program, and the backward pass in another.
+"""IPOT in Triton: cost, iterations and distance of an example in one program, the backward pass in another, and plans
+of given costs in a third.
 
 See ``reference.py`` for the algorithm and its names; the backward pass is spelled out in ``function.py``. A tile is
 [BLOCK_N regions, BLOCK_M words], chosen to hold the longest example, and lies in registers; no other memory is used.
 Rows and columns outside an example are selected away, never multiplied by zero, so nothing leaks from neighbours.
+
+Triton compiles a kernel anew for every whole number that is 1 or a multiple of 16 at one launch and not at the next.
+``wide`` and ``tall`` change with every batch, so they are exempted, and so are the iterations; ``inner`` is not,
+because an inner loop of one step costs nothing when that is known.
 """
 
 from __future__ import annotations
@@ -89,13 +94,14 @@ def _log_form(logits, m, n, iterations, inner, BLOCK_M: tl.constexpr, BLOCK_N: t
             ahead = tl.where(word < m, ahead, nothing)
         sigma = tl.where(word < m, ahead - potential, 0.0)
         potential = ahead
-    plan = tl.exp(of_region[:, None] + potential[None, :] + logits * iterations.to(tl.float32))
+    # Times 1.0, and not .to(): a caller's number that is known when compiling has no such method.
+    plan = tl.exp(of_region[:, None] + potential[None, :] + logits * (iterations * 1.0))
     # Potentials grow with the iterations, and their rounding with them: restore the words' marginal, which is exact.
     mass = tl.sum(plan, 0) * m.to(tl.float32)
     return tl.where((word < m)[None, :], plan / mass[None, :], 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["iterations", "wide", "tall"])
 def forward(
     words,
     regions,
@@ -153,6 +159,15 @@ def forward(
 
 
 @triton.jit
+def _clear(gradient, begin, end, hidden, column, ROWS: tl.constexpr):
+    """Zero rows begin..end of a gradient at ``column``."""
+    for first in range(begin, end, ROWS):
+        row = first + tl.arange(0, ROWS)
+        place = gradient + row[:, None].to(tl.int64) * hidden + column[None, :]
+        tl.store(place, 0.0, mask=(row < end)[:, None] & (column < hidden)[None, :])
+
+
+@triton.jit(do_not_specialize=["wide", "tall"])
 def backward(
     words,
     regions,
@@ -174,7 +189,7 @@ def backward(
     BLOCK_H: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """One program per example and BLOCK_H columns."""
+    """One program per example and BLOCK_H columns; gradients of rows beyond ``wide`` and ``tall`` are 0."""
     example = tl.program_id(0)
     first_word, first_region = tl.load(cu_words + example), tl.load(cu_regions + example)
     m = tl.minimum(tl.load(cu_words + example + 1) - first_word, wide).to(tl.int32)
@@ -207,3 +222,49 @@ def backward(
         to_y = tl.dot(weight, x_MH, input_precision="tf32")
     tl.store(grad_words + x_place, (word_own[:, None] * x_MH - to_x).to(grad_words.dtype.element_ty), mask=x_mask)
     tl.store(grad_regions + y_place, (region_own[:, None] * y_NH - to_y).to(grad_regions.dtype.element_ty), mask=y_mask)
+    # Nothing, unless a caller's bounds are too small.
+    all_words = (tl.load(cu_words + example + 1) - first_word).to(tl.int32)
+    all_regions = (tl.load(cu_regions + example + 1) - first_region).to(tl.int32)
+    _clear(grad_words + first_word * hidden, wide, all_words, hidden, column, 16)
+    _clear(grad_regions + first_region * hidden, tall, all_regions, hidden, column, 16)
+
+
+@triton.jit(do_not_specialize=["iterations", "wide", "tall"])
+def plan_of_cost(
+    cost,
+    word_lengths,
+    region_counts,
+    beta,
+    iterations,
+    inner,
+    limit,
+    wide,
+    tall,
+    plan,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program per example; ``cost`` is [B, wide, tall], ``plan`` [B, tall, wide], as in ``forward``.
+
+    Each program looks at its own costs and takes the log form where their logits spread beyond ``limit``: nobody else
+    need look, and wait for the GPU.
+    """
+    example = tl.program_id(0)
+    m = tl.minimum(tl.load(word_lengths + example), wide).to(tl.int32)
+    n = tl.minimum(tl.load(region_counts + example), tall).to(tl.int32)
+    word, region = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    valid = (region < n)[:, None] & (word < m)[None, :]
+    first = example.to(tl.int64) * tall * wide
+    costs = tl.load(cost + first + word[None, :] * tall + region[:, None], mask=valid, other=0.0).to(tl.float32)
+    least = tl.min(tl.where(valid, costs, float("inf")), 1)
+    spread = tl.max(tl.max(tl.where(valid, costs, float("-inf")), 1), 0) - tl.min(least, 0)
+    logits = tl.where(valid, (least[:, None] - costs) / beta, float("-inf"))
+    if spread / beta + tl.log(m.to(tl.float32) * n.to(tl.float32)) >= limit:
+        found = _log_form(logits, m, n, iterations, inner, BLOCK_M, BLOCK_N)
+    else:
+        found = _plan_form(logits, m, n, iterations, inner, BLOCK_M, BLOCK_N)
+    tl.store(
+        plan + first + region[:, None] * wide + word[None, :],
+        tl.where(valid, found, 0.0),
+        mask=(region < tall)[:, None] & (word < wide)[None, :],
+    )
