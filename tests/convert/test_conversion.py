@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.golden_batches import golden_folder, golden_model
 from vlscale.cli import main
+from vlscale.convert import placing
 from vlscale.convert.conversion import RefusedError, Wish, convert
+from vlscale.convert.initial import load_initial_weights
 from vlscale.convert.safetensors_files import write_safetensors
 from vlscale.convert.source import TensorInfo
 from vlscale.convert.verification import verify
@@ -166,6 +168,9 @@ def test_a_bert_a_roberta_and_a_backbone_start_the_other_models(tmp_path):
     found, embeddings = load(tmp_path / "unimo.pt"), roberta.roberta.embeddings
     folded = embeddings.word_embeddings.weight + embeddings.token_type_embeddings.weight
     torch.testing.assert_close(found["word_embedding"], folded.detach())
+    told = convert(Wish(tmp_path / "roberta", tmp_path / "told", to="unimo")).tensors
+    assert told["word_embedding"]["operation"] == "fold"
+    assert told["encoder_layer_1_multi_head_att_query_fc.w_0"]["operation"] == "transpose"
     query = roberta.roberta.encoder.layer[1].attention.self.query.weight
     assert torch.equal(found["encoder_layer_1_multi_head_att_query_fc.w_0"], query.T)
     body = {
@@ -256,22 +261,149 @@ def test_tied_tensors_that_differ_are_refused(published, tmp_path):
         convert(Wish(published, tmp_path / "ours"))
 
 
-def test_an_existing_target_stays_unless_it_may_be_replaced(published, tmp_path):
+def test_an_existing_target_stays_unless_it_is_a_result_and_may_be_replaced(published, tmp_path):
     target = tmp_path / "ours"
     convert(Wish(published, target))
-    (target / "mine").write_text("kept")
     with pytest.raises(VlscaleError, match="exists already; give another name, or --overwrite"):
         convert(Wish(published, target))
-    assert (target / "mine").exists()
+    (target / "mine").write_text("kept")
+    with pytest.raises(VlscaleError, match="holds mine, which no conversion wrote"):
+        convert(Wish(published, target, overwrite=True))
+    (target / "mine").unlink()
     torch.save({**golden_state(), "surprise": torch.zeros(1)}, published)
+    before = (target / "model.safetensors").read_bytes()
     with pytest.raises(RefusedError):
         convert(Wish(published, target, overwrite=True))
-    assert (target / "mine").exists()
+    assert (target / "model.safetensors").read_bytes() == before
     torch.save(golden_state(), published)
-    convert(Wish(published, target, overwrite=True))
-    assert not (target / "mine").exists()
-    with pytest.raises(VlscaleError, match="is, or holds, the source"):
+    convert(Wish(published, target, dtype="bf16", overwrite=True))
+    assert (target / "model.safetensors").stat().st_size < len(before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "ours", "uniter.pt"]
+
+
+def test_the_source_is_never_the_target(published, tmp_path):
+    convert(Wish(published, tmp_path / "ours"))
+    for target in (published, tmp_path / "ours/config.json", tmp_path / "ours", tmp_path / "ours/model.safetensors"):
+        source = published if target == published else tmp_path / "ours"
+        with pytest.raises(
+            VlscaleError, match=r"is, holds or lies in the source|holds config\.json, which|is a folder"
+        ):
+            convert(Wish(source, target, to="uniter", overwrite=True))
+    with pytest.raises(VlscaleError, match=r"is, holds or lies in|which no conversion wrote"):
         convert(Wish(published, tmp_path, overwrite=True))
+    assert verify(tmp_path / "ours", published).same
+
+
+@pytest.mark.parametrize("name", [".", "x" * 256, "x" * 300, "missing/x"])
+def test_names_that_are_none_for_a_result(name, published, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VlscaleError, match=r"is no name for a result|is no folder; make it first"):
+        convert(Wish(published, Path(name), overwrite=True))
+
+
+def test_a_device_is_not_replaced(published, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(VlscaleError, match="is neither a file nor a folder"):
+        convert(Wish(published, tmp_path / "pipe", overwrite=True))
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_what_comes_into_being_meanwhile_is_kept(published, tmp_path, monkeypatch):
+    target = tmp_path / "ours"
+    honest = placing._sync
+
+    def slow(path):
+        honest(path)
+        target.mkdir()
+        (target / "somebody else's").write_text("kept")
+
+    monkeypatch.setattr(placing, "_sync", slow)
+    with pytest.raises(VlscaleError, match="has come into being meanwhile"):
+        convert(Wish(published, target))
+    assert (target / "somebody else's").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_exchange_leaves_the_old_result(error, published, tmp_path, monkeypatch):
+    target = tmp_path / "ours"
+    convert(Wish(published, target))
+    before = (target / "model.safetensors").read_bytes()
+    honest, calls = os.rename, []
+
+    def failing(one, other):
+        calls.append(other)
+        if len(calls) == 2:
+            raise error
+        honest(one, other)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises((KeyboardInterrupt, VlscaleError)):
+        convert(Wish(published, target, dtype="bf16", overwrite=True))
+    monkeypatch.undo()
+    assert (target / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "ours", "uniter.pt"]
+
+
+def test_a_hub_folder_is_a_source_too(published, tmp_path):
+    convert(Wish(published, tmp_path / "hub", to="hub"))
+    convert(Wish(tmp_path / "hub", tmp_path / "out.pt", to="uniter"))
+    convert(Wish(tmp_path / "hub", tmp_path / "again", to="hub"))
+    assert same(load(tmp_path / "out.pt"), golden_state())
+
+
+def test_a_task_head_file_cannot_replace_weights(published, tmp_path):
+    convert(Wish(published, tmp_path / "ours"))
+    for name in ("task_head.uniter.pooler.dense.bias", "itm_head.bias", "task_head.itm_output.weight"):
+        save_file({name: torch.zeros(64)}, tmp_path / "ours/task_head.safetensors")
+        with pytest.raises(VlscaleError, match=r"task_head\.safetensors: holds .* which is no part of a task's head"):
+            convert(Wish(tmp_path / "ours", tmp_path / "out.pt", to="uniter"))
+
+
+@pytest.mark.parametrize("said", [{"max_position_embeddings": 10**19}, {"num_hidden_layers": 10**7}, {"vocab_size": 7}])
+def test_a_configuration_that_lies_is_refused_before_a_model_is_made(said, published, tmp_path):
+    convert(Wish(published, tmp_path / "ours"))
+    path = tmp_path / "ours/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **said}))
+    with pytest.raises(VlscaleError, match=r"config\.json says .*; give the file|less than or equal to"):
+        convert(Wish(tmp_path / "ours", tmp_path / "out.pt", to="uniter"))
+
+
+def test_what_a_pickle_says_of_its_licence_or_run_is_not_believed(tmp_path):
+    (tmp_path / CONFIG_FILE).write_bytes(CONFIG.read_bytes())
+    lies = {"model": golden_state(), "manifest": "x", "vocabulary": "x", "licence": "mit\n---\n# PWNED"}
+    torch.save(lies, tmp_path / "in.pt")
+    convert(Wish(tmp_path / "in.pt", tmp_path / "hub", to="hub"))
+    assert "PWNED" not in (tmp_path / "hub/README.md").read_text()
+
+
+def test_reports_replace_nothing_but_reports(published, tmp_path, capsys):
+    command = ["convert", str(published), str(tmp_path / "ours"), "--overwrite", "--report"]
+    for wrong, says in ((published, "lies in the source"), (tmp_path / "no/r.json", "is no folder"),
+                        (tmp_path / "text", "exists and is no report")):  # fmt: skip
+        (tmp_path / "text").write_text("hello")
+        with pytest.raises(SystemExit):
+            main([*command, str(wrong)])
+        error = capsys.readouterr().err
+        assert says in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "ours").exists()
+    assert main([*command, str(tmp_path / "r.json")]) == 0
+    assert main([*command, str(tmp_path / "r.json")]) == 0
+    check = ["convert", "--verify", str(tmp_path / "ours"), "--against", str(published)]
+    assert main([*check, "--report", str(tmp_path / "r.json")]) == 0
+    assert len(json.loads((tmp_path / "r.json").read_text())["equal"]) == 60
+    with pytest.raises(SystemExit):
+        main([*check, "--overwrite"])
+
+
+def test_training_starts_from_a_folder_with_more_heads_than_the_model(published, tmp_path):
+    convert(Wish(published, tmp_path / "ours"))
+    whole = UniterForPretraining.from_pretrained(tmp_path / "ours")
+    model = UniterForPretraining(whole.config.model_copy(update={"heads": ("words",)}))
+    report = load_initial_weights(model, tmp_path / "ours")
+    assert "itm_head.bias" in report.ignored
+    assert not report.fresh
+    assert torch.equal(model.pooler.dense.weight, whole.pooler.dense.weight)
 
 
 def test_a_difference_is_found(published, tmp_path, capsys):
@@ -290,7 +422,7 @@ def test_a_difference_is_found(published, tmp_path, capsys):
     [
         (["--to", "unitr"], r"--to 'unitr' is unknown.*did you mean 'uniter'"),
         (["--from", "vilbrt"], r"no layout 'vilbrt'.*did you mean 'vilbert'"),
-        (["--from", "vilbert"], "its names are those of 'uniter', not of 'vilbert'"),
+        (["--from", "vilbert"], "its names are those of uniter, not of 'vilbert'; drop --from"),
         (["--to", "unimo"], r"uniter cannot become 'unimo'; it can become vlscale, hub, uniter, state-dict"),
         (["--dtype", "fp8"], r"--dtype 'fp8': expected fp32, fp16, bf16 or keep"),
         (["--model", "uniter-base"], "hidden_size is 64, uniter-base says 768; give its own with --model"),
@@ -314,10 +446,17 @@ def test_sources_that_are_none_or_two(published, tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(VlscaleError, match="no checkpoint is recognised in it"):
         convert(Wish(tmp_path / "text.pt", tmp_path / "ours"))
-    both = {**golden_state(), **load(golden_folder("vilbert") / "pretrain.pt")}
+    vilbert = load(golden_folder("vilbert") / "pretrain.pt")
+    both = {**golden_state(), **{name: tensor for name, tensor in vilbert.items() if name.startswith("bert.")}}
     torch.save(both, published)
     with pytest.raises(VlscaleError, match="may be uniter or vilbert; say which with --from"):
         convert(Wish(published, tmp_path / "ours"))
+    with pytest.raises(RefusedError, match=r"unexpected: bert\."):
+        convert(Wish(published, tmp_path / "ours", layout="uniter"))
+    report = convert(
+        Wish(published, tmp_path / "ours.pt", layout="uniter", to="uniter", allow_unexpected=["bert.*", "cls.*"])
+    )
+    assert report.layout == "uniter"
     convert(Wish(golden_folder() / "pretrain.pt", tmp_path / "ours"))
     with pytest.raises(VlscaleError, match="is a vlscale folder already; say with --to"):
         convert(Wish(tmp_path / "ours", tmp_path / "more"))
@@ -370,8 +509,6 @@ print(peak() - before)
     if form == "pt":
         torch.save(state, tmp_path / "in.pt")
     else:
-        from safetensors.torch import save_file
-
         save_file(state, tmp_path / "in.safetensors")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(

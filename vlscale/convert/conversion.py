@@ -5,8 +5,7 @@ Nothing is written before every name and shape has been checked; the result appe
 
 from __future__ import annotations
 
-import os
-import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +14,14 @@ from vlscale.convert import uniter
 from vlscale.convert.layouts import STATE_DICT
 from vlscale.convert.mapped import DTYPES, Mapped, as_it_is
 from vlscale.convert.opening import Opened, open_checkpoint
+from vlscale.convert.placing import check_apart, check_target, put_in_place
 from vlscale.convert.report import Report, digests
 from vlscale.convert.source import TensorSource
 from vlscale.convert.steps import matching, problems_of
-from vlscale.convert.targets import OURS, TARGETS, Target
-from vlscale.convert.uniter_model import Filled, config_of, expected_shapes
+from vlscale.convert.targets import OURS, PICKLED, TARGETS, Target
+from vlscale.convert.uniter_model import Filled, config_of
 from vlscale.errors import VlscaleError, nearest
-from vlscale.models.uniter import UniterConfig
-
-_PROVENANCE = ("vocabulary", "licence", "step", "world_size", "zero_stage", "precision", "fingerprint")
+from vlscale.models.uniter import UniterConfig, expected_shapes
 
 
 @dataclass(frozen=True)
@@ -71,17 +69,19 @@ def convert(wish: Wish) -> Report:
     """
     _check(wish)
     with open_checkpoint(wish.source, wish.layout, wish.hashed, wish.to) as opened:
+        check_apart(wish.target, (wish.source, *opened.source.files))
         to = wish.to or _suggested(opened)
-        target = _target(to, opened)
+        target = _target(to, opened, wish.target)
         report = Report(str(wish.source), str(wish.target), opened.kind, opened.layout, to, wish.dtype)
+        report.add_entries(opened.entries)
         report.add_plan(opened.mapped.plan)
-        told = {**opened.source.extra, **(opened.source.extra.get("manifest") or {})}
-        report.provenance = {key: told[key] for key in _PROVENANCE if key in told}
+        report.provenance = dict(opened.provenance)
         report.unexpected = sorted(opened.mapped.plan.unexpected)
         config, source = _as_model(opened, to, wish, report) if target.needs_model else (None, opened.mapped)
         _refuse(report, wish)
         opened.mapped.check_tied()
         result = Mapped(source, as_it_is(source), DTYPES.get(wish.dtype), counts=True)
+        report.add_plan(result.plan)
         report.mapped = len(result.tensors)
         if wish.hashed:
             report.source_files = digests(opened.source.files, wish.source, opened.digests)
@@ -90,17 +90,12 @@ def convert(wish: Wish) -> Report:
 
 
 def _check(wish: Wish) -> None:
+    """Refuse what can be told from the wish alone."""
     if wish.dtype not in (*DTYPES, "keep"):
         raise VlscaleError(f"--dtype {wish.dtype!r}: expected {', '.join(DTYPES)} or keep")
     if wish.to is not None and wish.to not in TARGETS:
         raise VlscaleError(f"--to {wish.to!r} is unknown{nearest(wish.to, TARGETS)} (known: {', '.join(TARGETS)})")
-    if (wish.target.exists() or wish.target.is_symlink()) and not wish.overwrite:
-        raise VlscaleError(f"{wish.target}: exists already; give another name, or --overwrite")
-    if not wish.target.absolute().parent.is_dir():
-        raise VlscaleError(f"{wish.target}: {wish.target.absolute().parent} is no folder; make it first")
-    inside = wish.target.resolve() in (wish.source.resolve(), *wish.source.resolve().parents)
-    if inside:
-        raise VlscaleError(f"{wish.target}: is, or holds, the source {wish.source}; give another name")
+    check_target(wish.target, wish.overwrite)
 
 
 def _suggested(opened: Opened) -> str:
@@ -109,8 +104,10 @@ def _suggested(opened: Opened) -> str:
     return "vlscale" if opened.layout in OURS else STATE_DICT
 
 
-def _target(to: str, opened: Opened) -> Target:
+def _target(to: str, opened: Opened, path: Path) -> Target:
     target = TARGETS[to]
+    if target.folder and path.suffix in (*PICKLED, ".safetensors"):
+        raise VlscaleError(f"{path}: {to} is a folder, the name is a file's; drop {path.suffix} or say another --to")
     if target.layouts and opened.layout not in target.layouts:
         fitting = [name for name, each in TARGETS.items() if not each.layouts or opened.layout in each.layouts]
         raise VlscaleError(
@@ -124,10 +121,10 @@ def _as_model(opened: Opened, to: str, wish: Wish, report: Report) -> tuple[Unit
     config = config_of(opened, wish.model)
     expected, found = expected_shapes(config), opened.mapped.tensors
     report.missing = [name for name in expected if name not in found]
-    surplus = [name for name in found if name not in expected and not name.startswith(uniter.TASK_HEAD)]
+    surplus = [name for name in found if name not in expected and not uniter.is_task_name(name)]
     report.unexpected = sorted({*report.unexpected, *surplus})
     for name, info in found.items():
-        if name in expected and info.shape != expected[name]:
+        if name in expected and info.shape != tuple(expected[name]):
             raise VlscaleError(
                 f"{opened.source.path}: {name} is {list(info.shape)}, the model's is {list(expected[name])}; give the "
                 "model that the weights are of with --model"
@@ -160,23 +157,20 @@ def _refuse(report: Report, wish: Wish) -> None:
 
 
 def _write(target: Target, result: Mapped, config: UniterConfig | None, report: Report, wish: Wish) -> None:
-    """Write beside and rename; what the path held goes only when its successor is whole."""
-    beside = wish.target.with_name(f".{wish.target.stem}.{os.getpid()}{wish.target.suffix}")
-    old = wish.target.with_name(f".{wish.target.stem}.{os.getpid()}.old")
+    """Write into a folder of its own beside the target, then put it in place."""
+    parent = wish.target.absolute().parent
     try:
-        target.write(beside, result, config, report)
-        written = sorted(path for path in beside.rglob("*") if path.is_file()) if beside.is_dir() else [beside]
-        if wish.hashed:
-            found = digests(written, beside)
-            report.target_files = {name.replace(beside.name, wish.target.name): told for name, told in found.items()}
-        report.not_finite = dict(result.not_finite)
-        if wish.target.exists() or wish.target.is_symlink():
-            wish.target.rename(old)
-        beside.rename(wish.target)
+        with tempfile.TemporaryDirectory(prefix=".vlscale-convert-", dir=parent) as name:
+            beside = Path(name) / wish.target.name
+            target.write(beside, result, config, report)
+            written = sorted(path for path in beside.rglob("*") if path.is_file()) if beside.is_dir() else [beside]
+            if wish.hashed:
+                report.target_files = digests(written, beside)
+            report.not_finite, report.vanished = dict(result.not_finite), dict(result.vanished)
+            put_in_place(beside, wish.target, wish.overwrite)
     except OSError as error:
-        if old.exists() and not wish.target.exists():
-            old.rename(wish.target)
-        raise VlscaleError(f"{wish.target}: cannot be written ({error.strerror}); check its folder and space") from None
-    finally:
-        for path in (beside, old):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        raise VlscaleError(
+            f"{wish.target}: cannot be written ({error.strerror or error}); check its folder, its name and the space"
+        ) from None
+    except VlscaleError as error:  # of a writer, which knows the folder beside only
+        raise type(error)(str(error).replace(f"{name}/", f"{parent}/")) from None

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from vlscale.convert.bert import is_bert_folder, read_bert, required_names
 from vlscale.errors import VlscaleError
 from vlscale.models.folder import CONFIG_FILE, MODEL_TYPE, check_state, read_config, read_json, read_weights
-from vlscale.models.uniter import UniterConfig, UniterForPretraining
+from vlscale.models.uniter import UniterConfig, UniterForPretraining, expected_shapes
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def read_initial(path: Path, config: UniterConfig) -> tuple[dict[str, Tensor], W
         raise VlscaleError(
             f"model.init_from: no such folder {path}; give a vlscale or Hugging Face BERT folder, or null"
         )
-    shapes = _shapes(config)
+    shapes = expected_shapes(config)
     if read_json(path / CONFIG_FILE).get("model_type") == MODEL_TYPE:
         saved = read_config(UniterConfig, path)
         if saved.norm != config.norm:
@@ -81,8 +80,9 @@ def read_initial(path: Path, config: UniterConfig) -> tuple[dict[str, Tensor], W
                 f"{path}: the weights were trained with the vocabulary {str(known[0])[:12]}, the texts have "
                 f"{str(known[1])[:12]}; import the texts with the tokenizer that the weights were trained with"
             )
-        present = _shapes(config.model_copy(update={"heads": saved.heads}))
-        state, ignored = read_weights(path, present), tuple[str, ...]()
+        found = read_weights(path, expected_shapes(config.model_copy(update={"heads": saved.heads})))
+        state = {name: tensor for name, tensor in found.items() if name in shapes}
+        ignored = tuple(name for name in found if name not in shapes)  # heads that the model does without
     elif is_bert_folder(path):
         bert = read_bert(path, config)
         state, ignored = bert.state, bert.ignored
@@ -105,8 +105,3 @@ def load_initial_weights(model: UniterForPretraining, path: Path) -> WeightRepor
     state, report = read_initial(path, model.config)
     model.load_state_dict(state, strict=False)  # names and shapes have been checked
     return report
-
-
-def _shapes(config: UniterConfig) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in UniterForPretraining(config).state_dict().items()}

@@ -66,28 +66,25 @@ STATE_DICT = "state-dict"
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
-def layout_of(names: Iterable[str], where: str) -> str:
-    """Return the layout whose marks the names bear, or :data:`STATE_DICT`.
+def layout_of(names: Iterable[str], where: str, wanted: str | None = None) -> str:
+    """Return the layout whose marks the names bear, or :data:`STATE_DICT`; of several the one that is ``wanted``.
 
     Raises:
-        VlscaleError: several do.
+        VlscaleError: several do and none is wanted, or the wanted one is unknown or not among them.
     """
     known = [*names]
     found = [key for key, layout in LAYOUTS.items() if _bears(known, layout)]
+    if wanted is not None:
+        everything = (*LAYOUTS, STATE_DICT)
+        if wanted not in everything:
+            raise VlscaleError(f"no layout {wanted!r}{nearest(wanted, everything)} (known: {', '.join(everything)})")
+        if wanted not in (*found, STATE_DICT):
+            borne = " and ".join(found) or STATE_DICT
+            raise VlscaleError(f"{where}: its names are those of {borne}, not of {wanted!r}; drop --from")
+        return wanted
     if len(found) > 1:
         raise VlscaleError(f"{where}: may be {' or '.join(found)}; say which with --from")
     return found[0] if found else STATE_DICT
-
-
-def check_layout(name: str) -> None:
-    """Refuse a layout that is not known.
-
-    Raises:
-        VlscaleError: with the nearest.
-    """
-    known = (*LAYOUTS, STATE_DICT)
-    if name not in known:
-        raise VlscaleError(f"no layout {name!r}{nearest(name, known)} (known: {', '.join(known)})")
 
 
 BACKBONES = {

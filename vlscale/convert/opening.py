@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlscale.convert import deepspeed_zero, fluid, huggingface, paddle_params, safetensors_files, torch_files
-from vlscale.convert.layouts import BACKBONES, STATE_DICT, backbone_plan, check_layout, layout_of, plan_of
+from vlscale.convert.byte_files import shown
+from vlscale.convert.layouts import BACKBONES, backbone_plan, layout_of, plan_of
 from vlscale.convert.mapped import Mapped, Merged, as_it_is
 from vlscale.convert.source import TensorSource
 from vlscale.convert.steps import KeyPlan, Step
 from vlscale.convert.text_encoders import text_weights
+from vlscale.convert.uniter import is_task_name
 from vlscale.errors import VlscaleError
 from vlscale.models.folder import CONFIG_FILE, MODEL_TYPE, read_json
 
+PROVENANCE_FILE = "provenance.json"
+"""Beside a folder's weights: where they came from, as far as their source told."""
 TASK_HEAD_FILE = "task_head.safetensors"
 """Beside a folder's weights: what fine-tuning added, under published names after ``task_head.``."""
 READERS: dict[str, Any] = {
@@ -30,6 +34,7 @@ READERS: dict[str, Any] = {
 STARTED = ("vilbert", "unit", "unimo")
 """Models that a BERT or RoBERTa starts, under their published names; UNITER's are mapped on to vlscale's."""
 _ENGINE = "model."
+_TOLD = ("step", "world_size", "zero_stage", "precision", "fingerprint")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Opened:
         mapped: the tensors, renamed.
         config: what the checkpoint says of its model, raw, or None.
         digests: file -> sha256, where they were compared with the checkpoint's own list already.
+        entries: where the files' names had to be changed before the key map: name -> (stored names, operation).
+        provenance: what readers that check it tell: step, precision, licence, vocabulary; not what any pickle says.
     """
 
     kind: str
@@ -51,6 +58,8 @@ class Opened:
     mapped: Mapped
     config: dict[str, Any] | None
     digests: Mapping[Path, str]
+    provenance: Mapping[str, Any]
+    entries: Mapping[str, tuple[Sequence[str], str]] = field(default_factory=dict)
 
     def __enter__(self) -> Opened:
         return self
@@ -96,6 +105,8 @@ def open_checkpoint(path: Path, layout: str | None = None, hashed: bool = True, 
     more = {"verify": hashed} if kind == "deepspeed" else {}
     source: TensorSource = READERS[kind].open_source(path, **more)
     try:
+        if not source.tensors:
+            raise VlscaleError(f"{path}: holds no tensors; give a checkpoint")
         return _opened(kind, source, layout, to)
     except BaseException:
         source.__exit__()
@@ -107,19 +118,23 @@ def _opened(kind: str, source: TensorSource, layout: str | None, to: str | None)
         return _text_encoder(source, layout, to if to in STARTED else "uniter")
     config: dict[str, Any] | None = None
     digests: Mapping[Path, str] = {}
+    told: Mapping[str, Any] = {}
+    entries: Mapping[str, tuple[Sequence[str], str]] = {}
     if isinstance(source, deepspeed_zero.ZeroSource):
-        config, digests = (source.extra.get("manifest") or {}).get("model"), source.digests
-        source = _Unwrapped(source)
+        manifest = source.extra.get("manifest") or {}
+        config, digests = manifest.get("model"), source.digests
+        told = {key: {**source.extra, **manifest}.get(key) for key in _TOLD}
+        source = unwrapped = _Unwrapped(source)
+        entries = {step.target: (step.sources, step.operation) for step in unwrapped.plan.steps}
     elif kind == "safetensors" and source.path.is_dir():
         source, config = _vlscale_folder(source)
-    found = layout_of(source.tensors, str(source.path))
-    if layout is not None:
-        check_layout(layout)
-        if layout not in (found, STATE_DICT):
-            raise VlscaleError(f"{source.path}: its names are those of {found!r}, not of {layout!r}; drop --from")
-        found = layout
+        before = source.path / PROVENANCE_FILE
+        if config is not None and before.is_file():
+            raw = read_json(before)
+            told = {key: raw[key] for key in (*_TOLD, "licence", "vocabulary") if key in raw} | {"before": raw}
+    found = layout_of(source.tensors, str(source.path), layout)
     plan = backbone_plan(source, found) if to == "unit" and found in BACKBONES else plan_of(source, found)
-    return Opened(kind, found, source, Mapped(source, plan), config, digests)
+    return Opened(kind, found, source, Mapped(source, plan), config, digests, told, entries)
 
 
 def _text_encoder(source: huggingface.HuggingFaceSource, layout: str | None, model: str) -> Opened:
@@ -135,7 +150,9 @@ def _text_encoder(source: huggingface.HuggingFaceSource, layout: str | None, mod
     tied = {second: f"tied to {first}, and equal" for second, first in weights.tied.items()}
     plan = KeyPlan(inner.steps, ignored={**weights.ignored, **tied}, unexpected=weights.unexpected)
     mapped = Mapped(named, plan)
-    return Opened("hugging-face", kind, source, mapped, dict(source.extra["config"]), {})
+    told = {key: source.extra[key] for key in ("licence", "vocabulary")}
+    entries = {name: (entry.sources, entry.operation) for name, entry in weights.entries.items()}
+    return Opened("hugging-face", kind, source, mapped, dict(source.extra["config"]), {}, told, entries)
 
 
 def _vlscale_folder(source: TensorSource) -> tuple[TensorSource, dict[str, Any] | None]:
@@ -144,7 +161,14 @@ def _vlscale_folder(source: TensorSource) -> tuple[TensorSource, dict[str, Any] 
     if raw.get("model_type") != MODEL_TYPE:
         return source, None
     head = source.path / TASK_HEAD_FILE
-    return (Merged(source, safetensors_files.open_source(head)) if head.is_file() else source), raw
+    if not head.is_file():
+        return source, raw
+    more = safetensors_files.open_source(head)
+    stray = next((name for name in more.tensors if not is_task_name(name)), None)
+    if stray is not None:
+        more.__exit__()
+        raise VlscaleError(f"{head}: holds {shown(stray)}, which is no part of a task's head; convert the source again")
+    return Merged(source, more), raw
 
 
 class _Weights:
@@ -167,7 +191,8 @@ class _Unwrapped(Mapped):
     """A training checkpoint without the prefix of the module that DeepSpeed trains."""
 
     def __init__(self, source: TensorSource) -> None:
-        names = {name.removeprefix(_ENGINE): name for name in source.tensors}
         copies = {second.removeprefix(_ENGINE): first.removeprefix(_ENGINE) for second, first in source.aliases.items()}
-        steps = tuple(Step(today, (name,)) for today, name in names.items() if today not in copies)
-        super().__init__(source, KeyPlan(steps, copies=copies))
+        names = [name for name in source.tensors if name not in source.aliases]
+        super().__init__(
+            source, KeyPlan(tuple(Step(name.removeprefix(_ENGINE), (name,)) for name in names), copies=copies)
+        )

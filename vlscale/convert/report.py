@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from vlscale.hashing import file_digest
 
 _SHOWN = 8
 _NONE: Mapping[Path, str] = {}
+_FRESH = "a new model's values"
 
 
 @dataclass
@@ -27,12 +28,16 @@ class Report:
         to, dtype: of the result.
         mapped: tensors of the result.
         operations: operation -> tensors of the result that it made (transposed, concatenated, ...).
+        tensors: tensor of the result -> ``sources``, the names that it is made of, and ``operation``: what was done
+            with them, in order ("concatenate, second third"; "copy" where nothing was); a second name of a tensor that
+            is written once also has ``shares``, the first.
         tied: name -> name of the tensor that it must equal; compared and written once.
         ignored: name -> why.
         missing, unexpected: what the result lacks, and what nothing is known about.
         fresh: missing tensors that hold the values of a new model (``--allow-missing``).
         left_out: unexpected tensors that are not in the result (``--allow-unexpected``).
         not_finite: tensor of the result -> values that are NaN or infinite.
+        vanished: tensor of the result -> values that the dtype made zero.
         provenance: what the source says of itself: vocabulary, licence, step.
         source_files, target_files: name -> [bytes, sha256].
     """
@@ -45,6 +50,7 @@ class Report:
     dtype: str
     mapped: int = 0
     operations: dict[str, int] = field(default_factory=dict)
+    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -52,16 +58,32 @@ class Report:
     fresh: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     not_finite: dict[str, int] = field(default_factory=dict)
+    vanished: dict[str, int] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     source_files: dict[str, list[Any]] = field(default_factory=dict)
     target_files: dict[str, list[Any]] = field(default_factory=dict)
 
     def add_plan(self, plan: KeyPlan) -> None:
-        """Count what a key map does. Where several follow each other, each is added."""
-        counted = Counter(step.operation for step in plan.steps if step.operation != "copy")
-        self.operations = dict(Counter(self.operations) + counted)
+        """Add what a key map does. Where several follow each other, each is added: names of one are made by the last.
+
+        What only a later map takes, and none before it makes, holds a new model's values.
+        """
+        known = self.tensors
+        self.tensors = {step.target: _entry(step.sources, step.operation, known) for step in plan.steps}
+        for second, first in plan.copies.items():
+            self.tensors[second] = {**self.tensors[first], "shares": first}
+        self._count(step.operation for step in plan.steps)
         self.tied |= plan.tied
         self.ignored |= plan.ignored
+
+    def add_entries(self, entries: Mapping[str, tuple[Sequence[str], str]]) -> None:
+        """Add what was done before the first key map: name -> (stored names, operation), of a text encoder."""
+        self.tensors |= {name: _entry(sources, operation, {}) for name, (sources, operation) in entries.items()}
+        self._count(operation for _, operation in entries.values())
+
+    def _count(self, operations: Iterable[str]) -> None:
+        counted = Counter(operation for operation in operations if operation != "copy")
+        self.operations = dict(Counter(self.operations) + counted)
 
     def text(self) -> str:
         """A few lines for people; counts, and the first names of each kind."""
@@ -77,6 +99,7 @@ class Report:
             ("new, with fresh values", self.fresh),
             ("left out", self.left_out),
             ("WITH NaN OR INFINITY", [f"{name} ({count} values)" for name, count in self.not_finite.items()]),
+            ("WITH VALUES ROUNDED TO ZERO", [f"{name} ({count} values)" for name, count in self.vanished.items()]),
         ):
             if names:
                 lines.append(f"{len(names)} {label}: {', '.join([*names][:_SHOWN])}{', ...' * (len(names) > _SHOWN)}")
@@ -91,6 +114,19 @@ class Report:
             OSError: it cannot be written.
         """
         path.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _entry(sources: Sequence[str], operation: str, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What one tensor is made of, in names of the first source; ``known`` is what is made before, empty at first."""
+    stored: list[str] = []
+    before: dict[str, None] = {}  # query, key and value may each have been transposed: that is told once
+    for name in sources:
+        fallback = {"sources": [], "operation": _FRESH} if known else {"sources": [name], "operation": "copy"}
+        made = known.get(name, fallback)
+        stored += made["sources"]
+        before[made["operation"]] = None
+    done = [each for each in (*before, operation) if each != "copy"]
+    return {"sources": stored, "operation": ", ".join(done) or "copy"}
 
 
 def digests(files: Iterable[Path], root: Path, known: Mapping[Path, str] = _NONE) -> dict[str, list[Any]]:

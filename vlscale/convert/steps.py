@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -105,6 +106,9 @@ class KeyPlan:
         ignored: name in the source -> why it is left out.
         missing: names that the source should have and has not.
         unexpected: names of the source that the map does not know.
+
+    Raises:
+        VlscaleError: two steps, or a step and a copy, make a tensor of one name.
     """
 
     steps: tuple[Step, ...]
@@ -113,6 +117,15 @@ class KeyPlan:
     ignored: Mapping[str, str] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        made: dict[str, str] = {}
+        for target, sources in chain(
+            ((step.target, ", ".join(step.sources)) for step in self.steps), self.copies.items()
+        ):
+            if target in made:
+                raise VlscaleError(f"{target}: would be made twice, of {made[target]} and of {sources}; remove one")
+            made[target] = sources
 
     def check(self, origin: str) -> None:
         """Refuse a plan with missing or unexpected names.

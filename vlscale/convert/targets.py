@@ -12,7 +12,7 @@ from vlscale.convert import uniter
 from vlscale.convert.fluid import write_fluid
 from vlscale.convert.layouts import BACKBONES, STATE_DICT
 from vlscale.convert.model_card import model_card
-from vlscale.convert.opening import TASK_HEAD_FILE
+from vlscale.convert.opening import PROVENANCE_FILE, TASK_HEAD_FILE
 from vlscale.convert.report import Report
 from vlscale.convert.safetensors_files import write_safetensors
 from vlscale.convert.source import TensorSource
@@ -30,12 +30,14 @@ class Target:
     Attributes:
         title: for people.
         layouts: of sources that can become it; empty: any.
+        folder: it is always one.
         needs_model: the source is a model of vlscale, whose names are checked against its configuration.
         write: (path that does not exist, tensors, configuration, report) -> None.
     """
 
     title: str
     layouts: tuple[str, ...]
+    folder: bool
     needs_model: bool
     write: Callable[[Path, TensorSource, UniterConfig | None, Report], None]
 
@@ -52,6 +54,8 @@ def write_vlscale(path: Path, source: TensorSource, config: UniterConfig | None,
         (aside / "model.safetensors").rename(path / TASK_HEAD_FILE)
         aside.rmdir()
     (path / CONFIG_FILE).write_text(describe(config), encoding="utf-8")
+    told = {"source": Path(report.source).name, "files": report.source_files, **report.provenance}
+    (path / PROVENANCE_FILE).write_text(json.dumps(told, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def write_hub(path: Path, source: TensorSource, config: UniterConfig | None, report: Report) -> None:
@@ -100,13 +104,13 @@ def write_unimo(path: Path, source: TensorSource, config: UniterConfig | None, r
 BERTS = ("bert", "roberta")
 OURS = ("vlscale", "uniter", *BERTS)
 TARGETS: dict[str, Target] = {
-    "vlscale": Target("a folder for from_pretrained and init_from", OURS, True, write_vlscale),
-    "hub": Target("the same with a model card, ready for the Hugging Face hub", OURS, True, write_hub),
-    "uniter": Target("UNITER's published names, .pt", OURS, True, write_uniter),
-    "unimo": Target("a folder of Paddle fluid's variables", ("unimo", *BERTS), False, write_unimo),
-    "vilbert": Target("ViLBERT's published names, .pt", ("vilbert", *BERTS), False, write_state_dict),
-    "unit": Target("UniT's published names, .pt", ("unit", *BERTS, *BACKBONES), False, write_state_dict),
-    STATE_DICT: Target("the names as they are, .pt or .safetensors", (), False, write_state_dict),
+    "vlscale": Target("a folder for from_pretrained and init_from", OURS, True, True, write_vlscale),
+    "hub": Target("the same with a model card, ready for the Hugging Face hub", OURS, True, True, write_hub),
+    "uniter": Target("UNITER's published names, .pt", OURS, False, True, write_uniter),
+    "unimo": Target("a folder of Paddle fluid's variables", ("unimo", *BERTS), True, False, write_unimo),
+    "vilbert": Target("ViLBERT's published names, .pt", ("vilbert", *BERTS), False, False, write_state_dict),
+    "unit": Target("UniT's published names, .pt", ("unit", *BERTS, *BACKBONES), False, False, write_state_dict),
+    STATE_DICT: Target("the names as they are, .pt or .safetensors", (), False, False, write_state_dict),
 }
 
 

@@ -95,6 +95,7 @@ def write_torch(
                 _write_member(
                     archive, f"data/{state[name].key}", name, tensor.detach().cpu().resolve_conj().resolve_neg()
                 )
+                del tensor  # before the next one is read
             text = io.BytesIO()
             _Pickler(text, 2).dump(state if entry is None else {entry: state, **(extra or {})})
             for member, data in (("data.pkl", text.getvalue()), ("byteorder", b"little"), ("version", b"3\n")):

@@ -153,7 +153,7 @@ def export_plan(names: Iterable[str], heads: Iterable[str] | None = HEADS, parti
             steps += [Step(name, (ours,), third) for name, third in zip(theirs, THIRDS, strict=True)]
     if _MASK[1] in given:
         steps.append(Step(_MASK[0], (_MASK[1],), "below zeros"))
-    task = [name for name in given if name.startswith(TASK_HEAD)]
+    task = [name for name in given if is_task_name(name)]
     steps += [Step(name.removeprefix(TASK_HEAD), (name,)) for name in sorted(task)]
     made = {step.target for step in steps}
     wanted = {*(heads_of(made) if heads is None else heads)}
@@ -166,6 +166,11 @@ def export_plan(names: Iterable[str], heads: Iterable[str] | None = HEADS, parti
         missing=() if partial else tuple(sorted(expected - given)),
         unexpected=tuple(sorted(given - known)),
     )
+
+
+def is_task_name(name: str) -> bool:
+    """Whether one of our names is of what fine-tuning added."""
+    return name.startswith(TASK_HEAD) and name.removeprefix(TASK_HEAD).startswith(TASK_NAMES)
 
 
 def head_of(name: str) -> str | None:

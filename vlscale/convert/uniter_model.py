@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +15,10 @@ from vlscale.convert.opening import Opened
 from vlscale.convert.source import TensorInfo, TensorSource
 from vlscale.convert.uniter import config_of_shapes, sizes_of_shapes
 from vlscale.errors import VlscaleError
-from vlscale.models.folder import CONFIG_FILE, parse_config, read_json
+from vlscale.models.folder import CONFIG_FILE, own_keys, parse_config, read_json
 from vlscale.models.registry import load_preset, preset_names
-from vlscale.models.uniter import HEADS, UniterConfig, UniterForPretraining
+from vlscale.models.uniter import HEADS, UniterConfig, UniterForPretraining, expected_shapes
 
-SEED = 0
 _SETTINGS = {
     "layer_norm_eps": "layer_norm_eps",
     "initializer_range": "initializer_range",
@@ -52,15 +52,17 @@ def config_of(opened: Opened, model: str | None) -> UniterConfig:
     where = str(opened.source.path)
     shapes = {name: info.shape for name, info in opened.mapped.tensors.items()}
     if opened.layout == "vlscale" and opened.config is not None and model is None:
-        raw = {key: value for key, value in opened.config.items() if key != "model_type"}
-        return parse_config(UniterConfig, raw, where)
+        config = parse_config(UniterConfig, own_keys(opened.config), where)
+        _check_sizes(config, sizes_of_shapes(shapes, where), where)
+        return config
     stated = _stated(opened, model)
     heads = tuple(head for head in HEADS if any(name.startswith(_HEAD_PARTS[head]) for name in shapes))
     if opened.layout in ("bert", "roberta"):  # a text encoder: heads and images start anew
         heads = HEADS
     # Told by the tensors, which know of the words and types that second stages and tasks add; the rest by the settings.
     more = {ours: stated[theirs] for theirs, ours in _SETTINGS.items() if theirs in stated} | {"heads": heads}
-    fingerprint = opened.source.extra.get("vocabulary", {}).get("fingerprint")
+    vocabulary = opened.provenance.get("vocabulary")
+    fingerprint = vocabulary.get("fingerprint") if isinstance(vocabulary, dict) else None
     if fingerprint:
         more["vocab_fingerprint"] = fingerprint
     if stated.get("hidden_act", "gelu") != "gelu":
@@ -72,6 +74,14 @@ def config_of(opened: Opened, model: str | None) -> UniterConfig:
                 f"{where}: {key} is {sizes[key]}, {model or CONFIG_FILE} says {stated[key]}; give its own with --model"
             )
     return config_of_shapes(shapes, stated.get("num_attention_heads"), where, more)
+
+
+def _check_sizes(config: UniterConfig, sizes: Mapping[str, int], where: str) -> None:
+    """Compare what a configuration says with the tensors, before a model of its size is made."""
+    for key, size in sizes.items():
+        said = getattr(config, key)
+        if said != size:
+            raise VlscaleError(f"{where}: {key} is {size}, {CONFIG_FILE} says {said}; give the file of these weights")
 
 
 def _stated(opened: Opened, model: str | None) -> dict[str, Any]:
@@ -89,34 +99,43 @@ def _stated(opened: Opened, model: str | None) -> dict[str, Any]:
     return read_json(beside) if opened.source.path.is_file() and beside.is_file() else {}
 
 
-def expected_shapes(config: UniterConfig) -> dict[str, tuple[int, ...]]:
-    """Our name -> shape, of every tensor of the model."""
-    with torch.device("meta"):
-        return {name: tuple(each.shape) for name, each in UniterForPretraining(config).state_dict().items()}
-
-
 class Filled:
-    """A source with a new model's values (seed 0) where it has none."""
+    """A source with a new model's values where it has none, one module's at a time; they follow from its name alone."""
 
     def __init__(self, source: TensorSource, config: UniterConfig, missing: Collection[str]) -> None:
         self._source, self._config, self._missing = source, config, {*missing}
         self.path, self.format, self.files = source.path, source.format, source.files
         self.aliases, self.extra = source.aliases, source.extra
-        shapes = expected_shapes(config)
+        shapes = {name: TensorInfo(torch.float32, tuple(shape)) for name, shape in expected_shapes(config).items()}
         self.tensors: Mapping[str, TensorInfo] = {
-            **{name: source.tensors.get(name) or TensorInfo(torch.float32, shape) for name, shape in shapes.items()},
+            **{name: source.tensors.get(name) or info for name, info in shapes.items()},
             **{name: info for name, info in source.tensors.items() if name not in shapes},
         }
 
     def read(self, name: str) -> Tensor:
         """See :class:`~vlscale.convert.source.TensorSource`."""
-        return self._new[name] if name in self._missing else self._source.read(name)
+        return self._new(name) if name in self._missing else self._source.read(name)
+
+    def _new(self, name: str) -> Tensor:
+        """Draw as the model's constructor does: layers reset themselves; what stands alone is a bias or a vector."""
+        place, _, leaf = name.rpartition(".")
+        owner = self._empty.get_submodule(place)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(place.encode()))
+            reset = getattr(owner, "reset_parameters", None)
+            if not callable(reset):
+                tensor = torch.zeros(self.tensors[name].shape)
+                return tensor if leaf == "bias" else tensor.normal_(std=self._config.initializer_range)
+            owner.to_empty(device="cpu")
+            reset()
+        made: Tensor = getattr(owner, leaf).detach().clone()
+        owner.to("meta")
+        return made
 
     @cached_property
-    def _new(self) -> dict[str, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
-            return UniterForPretraining(self._config).state_dict()
+    def _empty(self) -> UniterForPretraining:
+        with torch.device("meta"):
+            return UniterForPretraining(self._config)
 
     def __enter__(self) -> Filled:
         return self

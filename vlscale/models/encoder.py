@@ -21,10 +21,10 @@ class EncoderConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    hidden_size: int = Field(768, ge=1)
-    num_hidden_layers: int = Field(12, ge=1)
+    hidden_size: int = Field(768, ge=1, le=1 << 17)
+    num_hidden_layers: int = Field(12, ge=1, le=1024)
     num_attention_heads: int = Field(12, ge=1)
-    intermediate_size: int = Field(3072, ge=1)
+    intermediate_size: int = Field(3072, ge=1, le=1 << 20)
     hidden_dropout: Rate = 0.1
     attention_dropout: Rate = 0.1
     layer_norm_eps: float = Field(1e-12, gt=0)

@@ -24,7 +24,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 MODEL_TYPE = "vlscale-uniter"
-HUB_KEYS = ("architectures", "transformers_version")
+HUB_KEYS = ("model_type", "architectures", "transformers_version")
 """Of ``config.json``, for the hub's pages and for transformers; the model does not look at them."""
 MAX_CONFIG_BYTES = 1 << 20
 MAX_INDEX_BYTES = 1 << 24
@@ -81,10 +81,15 @@ def read_config(kind: type[Config], folder: Path) -> Config:
     """
     path = folder / CONFIG_FILE
     raw = read_json(path)
-    found = raw.pop("model_type", None)
+    found = raw.get("model_type")
     if found != MODEL_TYPE:
         raise VlscaleError(f"{path}: model_type is {found!r}, expected {MODEL_TYPE!r}; give a folder saved by vlscale")
-    return parse_config(kind, {key: value for key, value in raw.items() if key not in HUB_KEYS}, str(path))
+    return parse_config(kind, own_keys(raw), str(path))
+
+
+def own_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's part of a ``config.json``."""
+    return {key: value for key, value in raw.items() if key not in HUB_KEYS}
 
 
 def read_weights(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:

@@ -33,11 +33,11 @@ REGION_TYPE = 1
 class UniterConfig(EncoderConfig):
     """Everything that decides the shape and the arithmetic of a UNITER. The defaults are the published base model."""
 
-    vocab_size: int = Field(28996, ge=1)
-    max_position_embeddings: int = Field(512, ge=1, description="longest text, with [CLS] and [SEP]")
-    type_vocab_size: int = Field(2, ge=2, description="row 0: text, row 1: regions, by default")
-    feature_dim: int = Field(2048, ge=1, description="width of a region feature")
-    num_classes: int = Field(1601, ge=1, description="classes of the detector, background included")
+    vocab_size: int = Field(28996, ge=1, le=1 << 24)
+    max_position_embeddings: int = Field(512, ge=1, le=1 << 20, description="longest text, with [CLS] and [SEP]")
+    type_vocab_size: int = Field(2, ge=2, le=1 << 16, description="row 0: text, row 1: regions, by default")
+    feature_dim: int = Field(2048, ge=1, le=1 << 20, description="width of a region feature")
+    num_classes: int = Field(1601, ge=1, le=1 << 20, description="classes of the detector, background included")
     heads: tuple[Head, ...] = Field(HEADS, description="pre-training heads; a fine-tuned checkpoint may lack some")
     vocab_fingerprint: str | None = Field(
         None, pattern="^[0-9a-f]{64}$", description="of the texts' vocabulary that the word table was trained with"
@@ -293,3 +293,9 @@ class UniterForPretraining(
 def _offset(cu: Tensor, owner: Tensor) -> Tensor:
     """int64 [M]: position m plus what ``cu`` says precedes it in its example's joint sequence."""
     return torch.arange(owner.numel(), device=owner.device) + cu.long().index_select(0, owner)
+
+
+def expected_shapes(config: UniterConfig) -> dict[str, torch.Size]:
+    """Name -> shape of every tensor of the model; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in UniterForPretraining(config).state_dict().items()}
