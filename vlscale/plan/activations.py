@@ -1,0 +1,137 @@
+"""Memory of activations, from coefficients that were measured on a CPU (``tests/plan/test_activations.py`` repeats it).
+
+Per token a layer saves, in elements of the working dtype, ``9 H + 2 I``: the inputs of the four projections (the gelu's
+input and output with them), query, key and value, both sums before a norm, the attention's output, and a copy of it
+that only a CPU makes, where examples are attended one by one and concatenated. Beside that: two dropout masks of H
+elements (of the working dtype on a CPU, one byte each on CUDA), and in float32 one log-sum-exp per head and four
+statistics of the norms. Pre- and post-norm layers save the same.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from vlscale.models.uniter import UniterConfig
+
+WIDTH_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+LAYER_H, LAYER_I, LAYER_STATISTICS = 8.0, 2.0, 4
+"""Saved per token and layer: H-wide and I-wide elements; float32 statistics beside one per head."""
+CPU_COPY_H = 1.0
+"""H-wide elements per token and layer that only the CPU's attention keeps."""
+TEXT_H, REGION_H = 2.0, 4.0
+"""Saved by the embedders: H-wide elements per text position and per region, the joint sequence included."""
+TEXT_BYTES, REGION_BYTES = 32, 68
+"""Saved by the embedders: indices, boxes and statistics, bytes per position."""
+LOSS_BYTES = {"mlm": 12.0, "mrfr": 12.0, "mrc": 12.0, "mrckl": 24.0, "itm": 12.0}
+"""Per element of a task's output (K x V, K x D, K x C, B x 2), all float32: most that is alive around the loss."""
+HEAD_H = 6.0
+"""H-wide elements that a head saves per position that it looks at."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a micro-batch holds.
+
+    Attributes:
+        task: its task.
+        text: text positions with [CLS] and [SEP]; regions: regions; examples: examples.
+        targets: masked positions (itm: examples).
+        masked_features: whether region features are copied to be masked (all tasks but itm and, unless masking is
+            joint, mlm).
+    """
+
+    task: str
+    text: float
+    regions: float
+    examples: float
+    targets: float
+    masked_features: bool
+
+    @property
+    def tokens(self) -> float:
+        """Positions of all examples."""
+        return self.text + self.regions
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Bytes on one GPU while a micro-batch runs.
+
+    Attributes:
+        embeddings: saved by the embedders.
+        layers: saved by the encoder's layers, inputs of checkpointed layers included.
+        recomputed: most that a layer computed again, and gradients on their way, add in the backward pass.
+        loss: most that a head, its logits, its loss and their gradients add.
+        peak: most that is alive at one time; less than the sum, because the loss is gone when layers run backward.
+    """
+
+    embeddings: float
+    layers: float
+    recomputed: float
+    loss: float
+    peak: float
+
+
+def checkpointed(policy: str, layers: int) -> list[bool]:
+    """Which layers ``none``, ``full`` or ``every N`` computes again; see :class:`vlscale.models.encoder.Encoder`."""
+    match = re.fullmatch(r"every ([1-9][0-9]*)", policy)
+    stride = int(match[1]) if match else int(policy == "full")
+    return [bool(stride) and index % stride == 0 for index in range(layers)]
+
+
+def layer_bytes(config: UniterConfig, precision: str, cpu: bool = False) -> float:
+    """Return the bytes that one layer saves per token when it is not checkpointed."""
+    width = WIDTH_BYTES[precision]
+    elements = (LAYER_H + (CPU_COPY_H if cpu else 0.0)) * config.hidden_size + LAYER_I * config.intermediate_size
+    mask = (width if cpu else 1) if config.hidden_dropout > 0 else 0
+    return width * elements + 2 * mask * config.hidden_size + 4 * (config.num_attention_heads + LAYER_STATISTICS)
+
+
+def activation_bytes(
+    config: UniterConfig, load: Load, precision: str, policy: str = "none", cpu: bool = False
+) -> ActivationBytes:
+    """Predict what forward and backward hold beyond weights, gradients and the batch itself.
+
+    Args:
+        config: the model.
+        load: the micro-batch.
+        precision: ``fp32``, ``fp16`` or ``bf16``.
+        policy: activation checkpointing.
+        cpu: as measured on a CPU; otherwise as CUDA's kernels keep it (one copy of the attention's output, masks of one
+            byte), which has not been measured.
+    """
+    width, hidden = WIDTH_BYTES[precision], config.hidden_size
+    embeddings = _embeddings(config, load, width, cpu)
+    layer, kept = layer_bytes(config, precision, cpu) * load.tokens, width * hidden * load.tokens
+    # Gradients of the FFN's inner row and of a weight beside it; that of its output takes the room of a freed sum.
+    passing = width * (load.tokens * config.intermediate_size + hidden * config.intermediate_size)
+    held = most = 0.0
+    for again in checkpointed(policy, config.num_hidden_layers):
+        most = max(most, held + layer)
+        held += kept if again else layer
+    loss, left = _loss(config, load, width)
+    # At the end the word table's gradient appears; where a head shares the table: both parts and their sum. Masked
+    # features have a gradient of their own, through which the mask's vector learns.
+    words = width * config.vocab_size * hidden * (3 if load.task == "mlm" else 1)
+    features = 2 * width * config.feature_dim * (load.regions + hidden) if load.masked_features else 0.0
+    peak = max(embeddings + held + loss, embeddings + most + passing + left, words, features)
+    return ActivationBytes(embeddings, held, most + passing - held, loss, peak)
+
+
+def _embeddings(config: UniterConfig, load: Load, width: int, cpu: bool) -> float:
+    mask = (width if cpu else 1) if config.hidden_dropout > 0 else 0
+    hidden = config.hidden_size
+    text = load.text * (TEXT_H * width * hidden + mask * hidden + TEXT_BYTES)
+    regions = load.regions * (REGION_H * width * hidden + mask * hidden + REGION_BYTES)
+    copies = load.regions * width * config.feature_dim if load.masked_features else 0.0
+    return text + regions + copies
+
+
+def _loss(config: UniterConfig, load: Load, width: int) -> tuple[float, float]:
+    """Most bytes around the loss, and those that stay while the layers run backward (gradients of tied weights)."""
+    outputs = {"mlm": config.vocab_size, "mrfr": config.feature_dim, "itm": 2}.get(load.task, config.num_classes)
+    tied = {"mlm": config.vocab_size, "mrfr": config.feature_dim}.get(load.task, 0) * config.hidden_size * width
+    around = load.targets * (LOSS_BYTES[load.task] * outputs + HEAD_H * width * config.hidden_size)
+    head_backward = load.targets * ((4 + width) * outputs + HEAD_H * width * config.hidden_size) + tied
+    return max(around, head_backward), float(tied)

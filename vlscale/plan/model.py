@@ -1,0 +1,18 @@
+"""Sizes of a model, from its layers on PyTorch's meta device: nothing is allocated or drawn."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from vlscale.models.uniter import UniterConfig, UniterForPretraining
+
+
+@lru_cache(maxsize=16)
+def model_sizes(config: UniterConfig) -> tuple[int, int]:
+    """Return the model's parameters (tied weights once), and those of its largest single module."""
+    with torch.device("meta"):
+        model = UniterForPretraining(config)
+    largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
+    return sum(p.numel() for p in model.parameters()), largest

@@ -1,0 +1,280 @@
+"""What a recipe runs: lengths (the data's, or assumed ones), its steps as they would be dealt, and their arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vlscale.config import Recipe
+from vlscale.data.dataset import open_dataset
+from vlscale.data.deal import Rule, accumulation, deal
+from vlscale.data.lengths import SPECIALS, DatasetLengths
+from vlscale.data.plan import Plan, Step
+from vlscale.data.schema import Vocabulary
+from vlscale.errors import VlscaleError
+from vlscale.models.registry import resolve_config
+from vlscale.models.uniter import UniterConfig
+from vlscale.plan.activations import Load
+from vlscale.ragged import RaggedBatch, cumulative
+from vlscale.train.metrics import model_flops
+
+STEPS = 16
+"""Steps that are cut and dealt to learn what a step is like."""
+ASSUMED_TEXTS = 60_000
+ASSUMED = (
+    "lengths: log-normal, median 11 word pieces (3 to 60) and 31 regions (10 to 100), as COCO's and Visual Genome's "
+    "are; the recipe's data are not here"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of the recipe's data.
+
+    Attributes:
+        lengths: dataset name -> lengths; assumed: they are not the data's.
+        config: the model.
+    """
+
+    lengths: dict[str, DatasetLengths]
+    assumed: bool
+    config: UniterConfig
+
+
+def read_source(recipe: Recipe) -> Source:
+    """Open the recipe's data if all of them are folders that exist; else assume lengths.
+
+    Raises:
+        VlscaleError: a store is damaged, or model and data do not go together.
+    """
+    sections = recipe.data.datasets
+    if all(isinstance(section.root, Path) and (section.root / "texts").is_dir() for section in sections):
+        opened = {section.name: open_dataset(section.name, section.root, verify=False) for section in sections}
+        first = next(iter(opened.values()))
+        vocabulary: Vocabulary = first.vocabulary
+        facts: dict[str, Any] = {
+            "vocab_size": vocabulary.size,
+            "feature_dim": first.feature_dim,
+            "num_classes": next((d.num_classes for d in opened.values() if d.num_classes is not None), None),
+        }
+        config = resolve_config(recipe.model, max_text_tokens=recipe.data.max_text_tokens, **facts)
+        return Source({name: dataset.lengths for name, dataset in opened.items()}, False, config)
+    config = resolve_config(recipe.model, max_text_tokens=recipe.data.max_text_tokens)
+    found = {}
+    for number, section in enumerate(sections):
+        found[section.name] = assumed_lengths(section.name, number, recipe.data.max_text_tokens)
+    return Source(found, True, config)
+
+
+def assumed_lengths(name: str, seed: int, max_text_tokens: int) -> DatasetLengths:
+    """Return lengths of the kind that UNITER's corpora have, one text per image; see ``ASSUMED``."""
+    draw = np.random.default_rng(seed)
+    tokens = np.exp(draw.normal(np.log(11.0), 0.448, ASSUMED_TEXTS)).round().clip(3, min(60, max(3, max_text_tokens)))
+    regions = np.exp(draw.normal(np.log(31.0), 0.553, ASSUMED_TEXTS)).round().clip(10, 100)
+    rows = np.arange(ASSUMED_TEXTS)
+    shards = np.append(np.arange(0, ASSUMED_TEXTS, 2000), ASSUMED_TEXTS)
+    pointers = np.arange(ASSUMED_TEXTS + 1)
+    return DatasetLengths(name, tokens.astype(np.int32), pointers, rows, regions.astype(np.int32), shards)
+
+
+@dataclass(frozen=True)
+class TaskWork:
+    """A task's steps, on average.
+
+    Attributes:
+        task: its name; share: of all steps.
+        tokens, examples: of an optimiser step, over all GPUs.
+        flops: of an optimiser step, forward and backward, nothing computed twice.
+        encoder_flops: the encoder's part of them.
+        step: what a step holds, for the composition of a micro-batch.
+    """
+
+    task: str
+    share: float
+    tokens: float
+    examples: float
+    flops: float
+    encoder_flops: float
+    step: Load
+
+    def load(self, tokens: float) -> Load:
+        """Return a micro-batch of so many tokens, composed like a step."""
+        step, scale = self.step, tokens / self.step.tokens
+        return Load(
+            self.task, step.text * scale, step.regions * scale, step.examples * scale, step.targets * scale,
+            step.masked_features,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one optimiser step is on so many GPUs.
+
+    Attributes:
+        tasks: each task that the recipe trains.
+        gpus: number of GPUs; accumulation: micro-steps per step.
+        straggler_step: tokens of the busiest GPU / mean, over a step.
+        straggler_micro: the same where GPUs wait for each other at every micro-step (ZeRO stages 2 and 3).
+        fill: tokens / (micro-batches x ceiling); most: tokens of the fullest micro-batch that was dealt.
+        assumed: lengths are assumed.
+    """
+
+    tasks: tuple[TaskWork, ...]
+    gpus: int
+    accumulation: int
+    straggler_step: float
+    straggler_micro: float
+    fill: float
+    most: float
+    assumed: bool
+
+    def mean(self, name: str) -> float:
+        """Mean of a field of :class:`TaskWork` over all steps."""
+        return float(sum(task.share * getattr(task, name) for task in self.tasks))
+
+
+class Planner:
+    """Cuts a recipe's steps once, and deals them to any number of GPUs.
+
+    Raises:
+        VlscaleError: recipe and lengths do not go together.
+    """
+
+    def __init__(self, recipe: Recipe, source: Source) -> None:
+        self.recipe, self.source = recipe, source
+        datasets = {name: SimpleNamespace(lengths=lengths, fingerprint="") for name, lengths in source.lengths.items()}
+        self.plan = Plan.from_recipe(recipe, datasets)
+        position, steps = self.plan.start(), []
+        for _ in range(STEPS):
+            step, position = self.plan.step(position)
+            steps.append(step)
+        self._steps = steps
+        self._dealt: dict[int, Workload] = {}
+        self.tasks = self._works()
+
+    def _works(self) -> tuple[TaskWork, ...]:
+        shares: dict[str, float] = {}
+        datasets: dict[str, dict[str, float]] = {}
+        for (dataset, task), share in zip(self.plan.pairs, self.plan.shares, strict=True):
+            shares[task] = shares.get(task, 0.0) + float(share)
+            datasets.setdefault(task, {})[dataset] = float(share)
+        return tuple(self._work(task, shares[task], datasets[task]) for task in shares)
+
+    def _work(self, task: str, share: float, datasets: dict[str, float]) -> TaskWork:
+        """What a step of ``task`` is, from one step of each dataset, weighed by its share."""
+        parts = []
+        for dataset, weight in datasets.items():
+            step = self._step_of(dataset, task)
+            batch, load = shape_of(step, self.source.lengths[dataset], self.recipe, self.source.config)
+            flops = model_flops(self.source.config, batch)
+            parts.append((weight / share, load, flops, encoder_flops(self.source.config, batch)))
+        tokens, examples, flops, encoder = (
+            float(sum(part[0] * value for part, value in zip(parts, values, strict=True)))
+            for values in zip(*((p[1].tokens, p[1].examples, p[2], p[3]) for p in parts), strict=True)
+        )
+        return TaskWork(task, share, tokens, examples, flops, encoder, parts[0][1])
+
+    def _step_of(self, dataset: str, task: str) -> Step:
+        """One step of this dataset and task."""
+        for step in self._steps:
+            if (step.dataset, step.task) == (dataset, task):
+                return step
+        lengths = self.source.lengths[dataset]
+        section = next(section for section in self.recipe.data.datasets if section.name == dataset)
+        alone = Plan([(lengths, {task: float(section.mix[task])})], self.plan.settings)  # type: ignore[index]
+        return alone.step(alone.start())[0]
+
+    def deal(self, gpus: int) -> Workload:
+        """Deal the steps to ``gpus`` GPUs.
+
+        Raises:
+            VlscaleError: a step has fewer examples than there are GPUs, or an example exceeds the ceiling.
+        """
+        if gpus not in self._dealt:
+            self._dealt[gpus] = self._deal(gpus)
+        return self._dealt[gpus]
+
+    def _deal(self, gpus: int) -> Workload:
+        batch = self.recipe.batch
+        gas = accumulation(self.plan, gpus)
+        rule = Rule(batch.mode, self.source.config.hidden_size)
+        by_step, by_micro, filled, most = [], [], 0, 0.0
+        for step in self._steps:
+            dealt = deal(step, gpus, gas, batch.micro_batch_tokens, rule)
+            table = np.array([[m.tokens * bool(m.weight) for m in rank] for rank in dealt], np.float64)
+            by_step.append(table.sum(1).max() / table.sum(1).mean())
+            by_micro.append(table.max(0).sum() / table.sum(1).mean())
+            filled, most = filled + int(table.sum()), max(most, float(table.max()))
+        slots = len(self._steps) * gpus * gas * batch.micro_batch_tokens
+        return Workload(
+            self.tasks, gpus, gas, float(np.mean(by_step)), float(np.mean(by_micro)), filled / slots,
+            most, self.source.assumed,
+        )  # fmt: skip
+
+
+def shape_of(step: Step, lengths: DatasetLengths, recipe: Recipe, config: UniterConfig) -> tuple[RaggedBatch, Load]:
+    """Return a whole step as one batch of empty tensors, with as many targets as masking is expected to choose."""
+    text = lengths.tokens[step.texts].astype(np.int64) + SPECIALS
+    regions = np.minimum(lengths.regions[np.maximum(step.images, 0)], recipe.data.max_regions).astype(np.int64)
+    regions[step.images < 0] = 0
+    objectives, task = recipe.objectives, step.task
+    masked: dict[str, int] = {}
+    if task == "mlm":
+        chance = objectives.mlm.probability
+        if objectives.mlm.content_probability is not None:  # assumed: every second word piece is content
+            chance = (chance + objectives.mlm.content_probability) / 2
+        masked["token_positions"] = _expected(text - SPECIALS, chance)
+    elif task != "itm":
+        masked["region_positions"] = _expected(regions[regions > 0], objectives.mrm.probability)
+    targets = {name: torch.empty(count, device="meta") for name, count in masked.items()}
+    if task in ("mrc", "mrckl"):
+        targets["class_probs"] = torch.empty(0)
+    if task == "itm":
+        targets["itm_labels"] = torch.empty(len(step), device="meta")
+    batch = _empty_batch(task, step.dataset, text, regions, config.feature_dim, targets)
+    count = next(iter(masked.values()), len(step))
+    copied = task != "itm" and (task != "mlm" or objectives.masking == "joint")
+    return batch, Load(task, float(text.sum()), float(regions.sum()), float(len(step)), float(count), copied)
+
+
+def encoder_flops(config: UniterConfig, batch: RaggedBatch) -> float:
+    """Return the FLOPs of the encoder's layers alone: what activation checkpointing computes again, a third of it."""
+    width = config.hidden_size
+    weights = config.num_hidden_layers * (4 * width * width + 2 * width * config.intermediate_size) * batch.tokens
+    lengths = batch.cu_joint.diff().double()
+    return 6.0 * weights + 12.0 * width * config.num_hidden_layers * float(lengths.square().sum())
+
+
+def _expected(lengths: NDArray[np.int64], chance: float) -> int:
+    """Positions that are masked on average: each with ``chance``, and one where the draw chose none."""
+    return round(float((chance * lengths + (1 - chance) ** lengths).sum()))
+
+
+def _empty_batch(
+    task: str, dataset: str, text: NDArray[np.int64], regions: NDArray[np.int64], width: int, targets: dict[str, Any]
+) -> RaggedBatch:
+    texts, rows, count = int(text.sum()), int(regions.sum()), len(text)
+    meta = torch.device("meta")
+    if not count or not texts + rows:
+        raise VlscaleError(f"dataset {dataset}: a step of task {task} holds nothing; check the recipe's batch section")
+    return RaggedBatch(
+        task=task,
+        dataset=dataset,
+        input_ids=torch.empty(texts, dtype=torch.int64, device=meta),
+        cu_text=cumulative(torch.from_numpy(text)),
+        features=torch.empty(rows, width, device=meta),
+        boxes=torch.empty(rows, 4, device=meta),
+        cu_regions=cumulative(torch.from_numpy(regions)),
+        passes=torch.empty(count, device=meta),
+        examples=torch.empty(count, device=meta),
+        images=torch.empty(count, device=meta),
+        group=torch.empty(count, device=meta),
+        region_rows=torch.empty(rows, device=meta),
+        targets=targets,
+    )
