@@ -93,7 +93,8 @@ class Failing(FixedSteps):
 def own_shared_files():
     """Files in /dev/shm that are this process's semaphores or that PyTorch named after it or its workers."""
     locks = [thing for thing in gc.get_objects() if issubclass(type(thing), SemLock)]
-    semaphores = {f"/dev/shm/sem.{lock._semlock.name.strip('/')}" for lock in locks}
+    named = [lock._semlock.name for lock in locks if lock._semlock.name]  # other libraries' may be anonymous
+    semaphores = {f"/dev/shm/sem.{name.strip('/')}" for name in named}
     pids = [os.getpid(), *(process.pid for process in workers_alive())]
     blocks = {str(path) for pid in pids for path in Path("/dev/shm").glob(f"torch_{pid}_*")}
     return {name for name in semaphores if Path(name).exists()} | blocks

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,11 +118,16 @@ def test_a_command_killed_again_and_again_ends_with_the_same_bytes(tmp_path, com
     assert tree(tmp_path / "warm") == expected
 
     killed_with_workers(module, [*arguments, "--out", str(tmp_path / "workers"), "--workers", "2"])
-    rng, codes = random.Random(0), []
-    while len(codes) < 4 and not is_finished(tmp_path / "again", module):
+    rng, killed = random.Random(0), 0
+    for _ in range(20):
+        if killed >= 3:
+            break
+        if is_finished(tmp_path / "again", module):  # the machine was busier while the command was timed
+            shutil.rmtree(tmp_path / "again")
+            seconds, killed = seconds / 2, 0
         after = rng.uniform(0.05, 0.3) * seconds
-        codes.append(forked(module, [*arguments, "--out", str(tmp_path / "again")], after)[0])
-    assert codes.count(-signal.SIGKILL) >= 2
+        killed += forked(module, [*arguments, "--out", str(tmp_path / "again")], after)[0] == -signal.SIGKILL
+    assert killed >= 2
     for root in (tmp_path / "workers", tmp_path / "again"):
         if not is_finished(root, module):
             code, _ = forked(module, [*arguments, "--out", str(root)])
