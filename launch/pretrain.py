@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+from vlscale.train.options import parse
+from vlscale.train.resilience import hold_stop
+
 RECIPES = Path(__file__).parent / "recipes"
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
-    parser.add_argument("--ds_config", type=Path, required=True, help="DeepSpeed JSON, named <model>_<cluster>.json")
-    parser.add_argument("--recipe", type=Path, help="YAML; default: launch/recipes/<model>.yaml, by the JSON's name")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the recipe")
-    parser.add_argument("--run_dir", type=Path, help="default: runs/<name of the recipe>")
-    parser.add_argument("--resume", default="none", metavar="auto|none|FOLDER", help="checkpoint to go on from")
-    parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds to wait for another process (%(default)s)")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # from the launcher
-    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Build a run: stores -> plan -> objectives -> model in its engine. ``vlscale/train/loop.py`` then trains it."""
-    args = parse(arguments)
+    hold_stop()
+    args = parse((__doc__ or "").split(":")[0], arguments)
     # Imported here, because reader processes import this file too, and need none of it.
     from vlscale.config import load_recipe
     from vlscale.data.deal import accumulation
@@ -50,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recipe = load_recipe(recipe_path, tuple(args.set))
         accelerator = choose_accelerator(args.device)
         check_machine(settings, accelerator, compute_capability(accelerator))
-        processes = connect(accelerator, args.timeout, "pretrain")
+        processes = connect(accelerator, args.timeout, "pretrain", args.join_timeout)
         with processes.agreed():
             datasets = open_datasets(recipe.data.datasets, recipe.data)
             validation = open_datasets(recipe.data.validation, recipe.data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from vlscale.data.plan import Position
 from vlscale.errors import VlscaleError
 from vlscale.train.loop import _summary, next_window, seed_micro_batch
 from vlscale.train.processes import Processes
+from vlscale.train.resilience import STOP, hold_stop, stop_asked
 
 
 class TwoRanks(Processes):
@@ -51,9 +53,21 @@ def message(task: str, micro_batches: int) -> list[float]:
 
 def test_counts_are_added_up_over_micro_batches_and_ranks() -> None:
     processes = TwoRanks(lambda mine: mine)
-    found, counts = next_window(run(processes), iter([window()]))  # type: ignore[arg-type]
+    found, counts, stop = next_window(run(processes), iter([window()]))  # type: ignore[arg-type]
     assert found[0].index == 7
     assert counts == {"words": 8.0, "none": 0.0}
+    assert not stop
+
+
+def test_one_process_that_is_asked_to_stop_stops_all() -> None:
+    hold_stop()
+    there = message("mlm", 2)
+    os.kill(os.getpid(), STOP)
+    processes = TwoRanks(lambda mine: there)
+    assert next_window(run(processes), iter([window()]))[2]  # type: ignore[arg-type]
+    asked = processes.sent
+    assert not stop_asked()
+    assert next_window(run(TwoRanks(lambda mine: asked)), iter([window()]))[2]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("task", "micro_batches"), [("itm", 2), ("mlm", 3)])

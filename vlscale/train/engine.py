@@ -21,22 +21,27 @@ from torch import Tensor, nn
 from vlscale.errors import VlscaleError
 from vlscale.train.environment import check_compiler, stand_alone
 from vlscale.train.loss_scale import TaskLossScales
+from vlscale.train.network import choose_interface
 from vlscale.train.processes import Processes
+from vlscale.train.roll_call import host_name, own_note, roll_call
 
 STALE_GRADIENTS_CHECKED = ("0.19",)
 """DeepSpeed versions (major.minor) whose ZeRO-3 gradient buffer has been read and tested."""
 
 
-def connect(accelerator: str, timeout_s: float = 1800.0, program: str = "vlscale") -> Processes:
+def connect(
+    accelerator: str, timeout_s: float = 1800.0, program: str = "vlscale", join_timeout_s: float = 45.0
+) -> Processes:
     """Join the other processes of this run; a single process needs no launcher.
 
     Args:
         accelerator: see :func:`vlscale.train.environment.choose_accelerator`.
         timeout_s: how long a collective may wait for the others.
         program: name that errors are printed under.
+        join_timeout_s: how long the others may take to start; see :func:`vlscale.train.roll_call.roll_call`.
 
     Raises:
-        VlscaleError: ninja, the compiler or this process's GPU is missing.
+        VlscaleError: ninja, the compiler or this process's GPU is missing, or the roll call failed.
     """
     # Overrides even an explicit weights_only=False, which DeepSpeed passes: a checkpoint is not a program.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -50,16 +55,33 @@ def connect(accelerator: str, timeout_s: float = 1800.0, program: str = "vlscale
         )
     else:
         torch.cuda.set_device(local_rank)
-    import deepspeed
+    choose_interface()
+    with _met(program, join_timeout_s) as hosts:
+        import deepspeed
 
-    deepspeed.utils.logger.setLevel("ERROR")
-    _allow_checkpoint_types()
-    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
+        deepspeed.utils.logger.setLevel("ERROR")
+        _allow_checkpoint_types()
+        deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
     if accelerator == "cpu":
         _unlink_shared_buffers()
     group = None if accelerator == "cpu" else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     where = torch.device("cpu") if accelerator == "cpu" else torch.device("cuda", local_rank)
-    return Processes(dist.get_rank(), dist.get_world_size(), where, group, program)
+    return Processes(dist.get_rank(), dist.get_world_size(), where, group, program, hosts)
+
+
+@contextmanager
+def _met(program: str, timeout_s: float) -> Iterator[list[str]]:
+    """Meet the other processes; yields the host of each rank. See :func:`vlscale.train.roll_call.roll_call`."""
+    world_size = int(os.environ["WORLD_SIZE"])
+    if dist.is_initialized():  # by the caller: they have met
+        hosts = [""] * dist.get_world_size()
+        dist.all_gather_object(hosts, host_name())
+        yield hosts
+    elif world_size == 1:
+        yield [host_name()]
+    else:
+        with roll_call(int(os.environ["RANK"]), world_size, own_note(), timeout_s, program) as hosts:
+            yield hosts
 
 
 def _unlink_shared_buffers() -> None:

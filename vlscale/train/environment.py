@@ -69,9 +69,19 @@ def check_compiler() -> None:
 
 
 def stand_alone() -> None:
-    """Set the launcher's variables for a single process where no launcher has."""
+    """Set the launcher's variables for a single process where no launcher has.
+
+    Raises:
+        VlscaleError: this is one of several tasks of a Slurm step; each would train alone, in the same folder.
+    """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1":
+        raise VlscaleError(
+            f"task {os.environ.get('SLURM_PROCID')} of {tasks} of a Slurm step, but RANK and WORLD_SIZE are not set; "
+            f"let srun start launch/slurm/task.sh, which sets them"
+        )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

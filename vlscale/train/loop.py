@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 
@@ -30,18 +31,23 @@ from vlscale.train.metrics import Interval, MetricsWriter, TermSums, peak_flops
 from vlscale.train.processes import Processes
 from vlscale.train.progress import Reporter
 from vlscale.train.record import BatchRecord
+from vlscale.train.resilience import PREEMPTED, stop_asked
 from vlscale.train.run_folder import RunFolder
 from vlscale.train.schedule import learning_rate
 
-_MOST_COUNTS = 29
+_MOST_COUNTS = 28
 
 
 @dataclass
 class TrainState:
-    """Where training stands: ``position`` in the plan, and optimiser steps ``taken`` (overflow skips excluded)."""
+    """Where training stands: ``position`` in the plan, and optimiser steps ``taken`` (overflow skips excluded).
+
+    ``saved`` is the step of the newest checkpoint, -1 if there is none.
+    """
 
     position: Position
     taken: int = 0
+    saved: int = -1
 
 
 @dataclass
@@ -149,6 +155,7 @@ def train(run: Training, state: TrainState) -> None:
 
     Raises:
         VlscaleError: a bad row, or gradients that are not finite; the same in all processes.
+        SystemExit: some process was asked to stop (see ``resilience.py``): saved, with status ``PREEMPTED``.
     """
     recipe, engine, processes = run.recipe, run.engine, run.processes
     total = recipe.schedule.total_steps
@@ -159,9 +166,11 @@ def train(run: Training, state: TrainState) -> None:
     record = BatchRecord(run.folder.path, processes)
     writer = MetricsWriter(run.folder.path, state.position.step, recipe.logging.tensorboard) if processes.main else None
     run.reporter.start(state.taken, total)
-    with _loader(run, state.position) as loader:
+    with _loader(run, state.position) as loader, nullcontext() if writer is None else closing(writer):
         while state.taken < total:
-            (step, after, window), counts = next_window(run, loader)
+            (step, after, window), counts, stop = next_window(run, loader)
+            if stop:
+                _save_and_stop(run, state, total)
             interval.add_window(window, loader.last_wait_s)
             record.add(step.index, window)
             lr = learning_rate(recipe.schedule, recipe.optimizer.lr, state.taken)
@@ -173,8 +182,13 @@ def train(run: Training, state: TrainState) -> None:
             state.position, state.taken = after, state.taken + report.applied
             run.reporter.step(state.taken, total, step.task)
             _between_steps(run, state, step, interval, writer, lr)
-    if writer is not None:
-        writer.close()
+
+
+def _save_and_stop(run: Training, state: TrainState, total: int) -> NoReturn:
+    if state.saved != state.position.step:
+        save(run, state)
+    run.reporter.line(f"asked to stop: saved after {state.taken} of {total} steps; go on with --resume auto")
+    raise SystemExit(PREEMPTED)
 
 
 def _already_complete(run: Training, total: int) -> None:
@@ -205,11 +219,15 @@ def _between_steps(
             save(run, state)
 
 
-def next_window(run: Training, loader: Loader) -> tuple[Window, dict[str, float]]:
+def next_window(run: Training, loader: Loader) -> tuple[Window, dict[str, float], bool]:
     """Read the next window and add up its counts over all ranks: one message of fixed size per step.
 
-    The same message carries whether reading failed anywhere, and a hash of what each rank is about to do. Ranks that
-    disagree about the task, or about the number of micro-steps, would wait for each other for ever.
+    The same message carries whether reading failed anywhere, whether anybody was asked to stop, and a hash of what
+    each rank is about to do. Ranks that disagree about the task, or about the number of micro-steps, would wait for
+    each other for ever.
+
+    Returns:
+        The window, the counts of the step over all ranks, and whether to stop instead of running it.
 
     Raises:
         VlscaleError: reading failed in some process, or the processes do not run the same step.
@@ -229,8 +247,9 @@ def next_window(run: Training, loader: Loader) -> tuple[Window, dict[str, float]
     names = sorted(counts)
     padding = [0.0] * (_MOST_COUNTS - len(names))
     # Equal tags obey W * sum(tag^2) = (sum tag)^2 (Cauchy and Schwarz), and no others do.
-    message = [float(failure is not None), tag, tag * tag, *(counts[name] for name in names), *padding]
-    failed, tags, squares, *totals = run.processes.total(message)
+    flags = [float(failure is not None), float(stop_asked())]
+    message = [*flags, tag, tag * tag, *(counts[name] for name in names), *padding]
+    failed, stop, tags, squares, *totals = run.processes.total(message)
     if failed:
         run.processes.fail_together(failure)
     assert window is not None
@@ -239,7 +258,7 @@ def next_window(run: Training, loader: Loader) -> tuple[Window, dict[str, float]
             f"step {window[0].index}: the processes are about to run different steps; do all nodes see the same recipe "
             f"and the same data sets?"
         )
-    return window, dict(zip(names, totals, strict=False))
+    return window, dict(zip(names, totals, strict=False)), stop > 0
 
 
 def seed_micro_batch(seed: int, step: int, rank: int, micro: int) -> None:
@@ -267,7 +286,7 @@ def restore(run: Training, found: tuple[Path, Manifest] | None) -> TrainState:
     changes = recipe_changes(manifest.recipe, resolved(run.recipe))
     if changes:
         run.reporter.line(f"the recipe has changed since: {'; '.join(changes)}")
-    return TrainState(position, taken)
+    return TrainState(position, taken, position.step)
 
 
 def save(run: Training, state: TrainState) -> None:
@@ -282,6 +301,7 @@ def save(run: Training, state: TrainState) -> None:
     }
     run.checkpoints.save(run.engine, state.position.step, facts)
     export(run)
+    state.saved = state.position.step
 
 
 def export(run: Training) -> None:

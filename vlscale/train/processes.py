@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -32,6 +32,7 @@ class Processes:
         device: where this process computes.
         group: gloo group for control messages; None is the default group.
         program: name that errors are printed under.
+        hosts: host of each rank.
     """
 
     rank: int
@@ -39,6 +40,7 @@ class Processes:
     device: torch.device
     group: Any = None
     program: str = "vlscale"
+    hosts: list[str] = field(default_factory=list)
 
     @property
     def main(self) -> bool:
@@ -72,7 +74,8 @@ class Processes:
         if not failed:
             return
         rank, text = failed[0]
-        where = "" if len(failed) == self.world_size else f"[rank {rank}] "
+        host = f" on {self.hosts[rank]}" if len(set(self.hosts)) > 1 else ""
+        where = "" if len(failed) == self.world_size else f"[rank {rank}{host}] "
         error = VlscaleError(f"{where}{text}")
         if self.main:
             report_error(self.program, error)
