@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,29 @@ def test_help_imports_nothing_heavy() -> None:
         "except SystemExit: pass\n"
         "heavy = {'torch', 'numpy', 'pydantic', 'matplotlib', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_answers_in_under_a_second() -> None:
+    """The time of the best of several starts: the others are the machine's."""
+    taken = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert python("", "-m", "vlscale", "--help").returncode == 0
+        taken.append(time.perf_counter() - start)
+    assert min(taken) < 1.0
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["doctor", "--help"], ["plan", "--help"]], ids=" ".join)
+def test_no_help_imports_torch_or_what_takes_long(words: list[str]) -> None:
+    code = (
+        "import sys; from vlscale.cli import main\n"
+        f"try: main({words!r})\n"
+        "except SystemExit: pass\n"
+        "slow = {'torch', 'numpy', 'pydantic', 'yaml', 'matplotlib', 'rich', 'deepspeed'} & set(sys.modules)\n"
+        "assert not slow, slow"
     )
     done = python(code)
     assert done.returncode == 0, done.stderr

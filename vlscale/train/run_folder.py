@@ -78,7 +78,7 @@ def provenance(command: Sequence[str]) -> dict[str, Any]:
     return {
         "command": hide_secrets(command),
         "vlscale": vlscale.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "platform": platform.platform(),
@@ -104,7 +104,7 @@ def hide_secrets(command: Sequence[str]) -> list[str]:
     return shown
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Commit of the source tree, with ``+changes`` if it was changed since; None outside a git work tree."""
     here = Path(vlscale.__file__).resolve().parent
 
