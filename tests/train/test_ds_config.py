@@ -33,7 +33,7 @@ def test_shipped_files_are_valid_and_belong_to_a_recipe(path: Path) -> None:
     assert path.stem.startswith(found.stem)
     config = resolve(settings)
     assert config["gradient_accumulation_steps"] == 3
-    assert settings.clip > 0
+    assert settings.clip > 0 or found.stem.endswith("_vcr"), "only VCR's second stage was published without a clip"
     assert (settings.precision == "fp16") == path.stem.endswith("v100")
     assert settings.precision == "fp32" or config["data_types"]["grad_accum_dtype"] == "fp32"
 
