@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from data_tools.build_images import MAX_ID, dropped_line, reason
 from data_tools.exclusion import is_excluded
 from data_tools.image_rows import ImageRows
-from data_tools.records import BadRow, TextRecord, TextSource
+from data_tools.records import BadRow, TextRecord, TextSource, num_types_of
 from data_tools.spool import NO_IMAGE, SpooledText, SpoolWriter
 from data_tools.under_way import counted
 from vlscale.data.schema import Vocabulary
@@ -149,7 +149,9 @@ class TextBuilder:
 
     def _store(self, stack: ExitStack, folder: Path) -> Callable[[SpooledText], None]:
         tokenizer = self.tokenizer
-        writer = stack.enter_context(TextWriter(folder, tokenizer.vocabulary, {}, tokenizer.to_json()))
+        writer = stack.enter_context(
+            TextWriter(folder, tokenizer.vocabulary, {}, tokenizer.to_json(), num_types=num_types_of(self.source))
+        )
         return lambda text: _write(writer, text)
 
     def _prepare(self, record: TextRecord, counts: Counts) -> SpooledText | BadRow | None:
@@ -168,9 +170,14 @@ class TextBuilder:
             return BadRow(record.where, name, "no word pieces" if ids is not None else "not a list of integers")
         if ids.min() < 0 or ids.max() >= size:
             return BadRow(record.where, name, f"ids span {ids.min()}..{ids.max()}, the vocabulary has 0..{size - 1}")
-        return SpooledText(
-            record.where, record.id, record.text, tuple(record.images), ids.astype(np.int32), record.extra
-        )
+        types = None
+        if record.type_ids is not None:
+            kinds, most = _as_ids(record.type_ids), num_types_of(self.source) - 1
+            if kinds is None or len(kinds) != len(ids) or kinds.min() < 0 or kinds.max() > most:
+                return BadRow(record.where, "type_ids", f"are not {len(ids)} integers in 0..{most}")
+            types = kinds.astype(np.int32)
+        images, pieces = tuple(record.images), ids.astype(np.int32)
+        return SpooledText(record.where, record.id, record.text, images, pieces, record.extra, types)
 
     def _problem(self, record: TextRecord) -> tuple[str, str] | None:
         if not record.id or len(record.id) > MAX_ID:
@@ -195,7 +202,7 @@ class TextBuilder:
 
 
 def _write(writer: TextWriter, text: SpooledText) -> None:
-    writer.write(text.id, text.text, text.input_ids, text.images, text.extra)
+    writer.write(text.id, text.text, text.input_ids, text.images, text.extra, text.type_ids)
 
 
 def _as_ids(values: Any) -> NDArray[np.int64] | None:

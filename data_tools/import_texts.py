@@ -14,9 +14,9 @@ from typing import Any
 
 from data_tools.fingerprint import describe_options
 from data_tools.formats import open_source
-from data_tools.options import exclusion, parse, run_of
+from data_tools.grown_tokenizer import load_grown
+from data_tools.options import exclusion, number, parse, run_of
 from data_tools.texts import import_texts
-from data_tools.tokenizers import load_tokenizer
 from vlscale.errors import one_line_errors
 
 
@@ -29,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="vocab.txt, tokenizer.json, a SentencePiece .model, or a folder that holds one",
     )
+    parser.add_argument(
+        "--added-tokens",
+        type=number(0, 1 << 16),
+        default=0,
+        metavar="N",
+        help="grow the vocabulary by N word pieces that texts tokenized elsewhere use (UNITER's VCR: 81)",
+    )
 
 
 def run(arguments: Sequence[str]) -> dict[str, Any] | None:
@@ -40,7 +47,7 @@ def run(arguments: Sequence[str]) -> dict[str, Any] | None:
     options = parse("texts", "Import texts into ROOT/texts.", arguments, add_arguments)
     return import_texts(
         partial(open_source, options.format, "texts", options),
-        partial(load_tokenizer, options.tokenizer),
+        partial(load_grown, options.tokenizer, options.added_tokens),
         describe_options(options),
         run_of(options),
         exclusion(options),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,8 +49,10 @@ class TextRecord:
         id: unique name of the text.
         text: as people read it; may be empty if ``input_ids`` is given and the source has no words.
         images: ids of the images it refers to.
-        input_ids: word pieces without [CLS] and [SEP], where the source has tokenized already; else None.
+        input_ids: word pieces without [CLS] and [SEP], where the source has tokenized already; else None. A text of
+            several segments has a [SEP] between them.
         extra: task fields, JSON types.
+        type_ids: type of each of ``input_ids``, from a source that :class:`HasTypes`; None: all 0.
     """
 
     where: str
@@ -59,6 +61,7 @@ class TextRecord:
     images: tuple[str, ...] = ()
     input_ids: Sequence[int] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    type_ids: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,3 +125,15 @@ class TextSource(Protocol):
     def read(self, part: Mapping[str, Any]) -> Iterator[TextRecord | BadRow]:
         """See :meth:`ImageSource.read`."""
         ...
+
+
+@runtime_checkable
+class HasTypes(Protocol):
+    """A source of texts with segments, whose types are 0..num_types-1."""
+
+    num_types: int
+
+
+def num_types_of(source: TextSource) -> int:
+    """Kinds of segments that a source's texts have; 1: none."""
+    return source.num_types if isinstance(source, HasTypes) else 1

@@ -29,7 +29,7 @@ MAX_RECORD = 64 << 20
 
 @dataclass(frozen=True, eq=False)
 class SpooledText:
-    """One text: as :class:`data_tools.records.TextRecord`, with its word pieces int32 [t]."""
+    """One text: as :class:`data_tools.records.TextRecord`, with its word pieces and their types int32 [t]."""
 
     where: str
     id: str
@@ -37,6 +37,7 @@ class SpooledText:
     images: tuple[str, ...]
     input_ids: NDArray[np.int32]
     extra: Mapping[str, Any]
+    type_ids: NDArray[np.int32] | None = None
 
 
 class SpoolWriter:
@@ -70,7 +71,8 @@ class SpoolWriter:
         """Append a text whose first image is row ``first``, or :data:`NO_IMAGE`."""
         ids = text.input_ids.astype("<i4").tobytes()
         extra = json.dumps(dict(text.extra), allow_nan=False)
-        blob: bytes = msgpack.packb([text.where, text.id, text.text, list(text.images), ids, extra])
+        types = None if text.type_ids is None else text.type_ids.astype("<i4").tobytes()
+        blob: bytes = msgpack.packb([text.where, text.id, text.text, list(text.images), ids, extra, types])
         self._file.write(len(blob).to_bytes(4, "little") + blob)
         self._starts.append(self._position)
         self._first.append(first)
@@ -104,8 +106,9 @@ class SpoolReader:
             if not 0 < size <= MAX_RECORD:
                 raise ValueError(f"a record of {size} bytes")
             fields = msgpack.unpackb(self._map[start + 4 : start + 4 + size])
-            where, name, text, images, ids, extra = fields
-            return SpooledText(where, name, text, tuple(images), np.frombuffer(ids, "<i4"), json.loads(extra))
+            where, name, text, images, ids, extra, kinds = fields
+            types = None if kinds is None else np.frombuffer(kinds, "<i4")
+            return SpooledText(where, name, text, tuple(images), np.frombuffer(ids, "<i4"), json.loads(extra), types)
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise VlscaleError(
                 f"{self.path}: byte {start}: not a text ({error}); remove this part's folder and give the command again"

@@ -24,7 +24,7 @@ from data_tools.fingerprint import bytes_of, describe_path
 from data_tools.image_rows import index_images
 from data_tools.merge import load_hashes, merge_stores, publish, refuse_existing, require_complete
 from data_tools.parts import Run, Work
-from data_tools.records import BadRow, TextSource
+from data_tools.records import BadRow, TextSource, num_types_of
 from data_tools.report import collect_dropped, folder_bytes, progress_bar, show_report, sum_up, write_report
 from data_tools.spool import NO_IMAGE, SpoolReader, rows_of
 from vlscale.data.index import read_meta
@@ -185,14 +185,15 @@ def _write_sorted(
     used = np.zeros(len(rows), np.bool_)
     readers = _Readers(work)
     written = tokens = 0
-    writer = TextWriter(folder, tokenizer.vocabulary, rows, tokenizer.to_json())
+    types = num_types_of(builder.source)
+    writer = TextWriter(folder, tokenizer.vocabulary, rows, tokenizer.to_json(), num_types=types)
     with writer, progress_bar(console, "sorted texts", len(first)) as advance:
         order = np.argsort(first, kind="stable")
         for begin in range(0, len(first), 4096):
             chunk = [place for place in order[begin : begin + 4096].tolist() if place not in leave_out]
             for place in chunk:
                 text = readers.at(int(owners[place])).read(int(starts[place]))
-                writer.write(text.id, text.text, text.input_ids, text.images, text.extra)
+                writer.write(text.id, text.text, text.input_ids, text.images, text.extra, text.type_ids)
                 written += 1
                 tokens += len(text.input_ids)
                 if first[place] != NO_IMAGE:

@@ -15,9 +15,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vlscale.config_values import Beta, Bytes, Folder, Positive, Probability, Root
+from vlscale.config_yaml import RecipeLoader
 from vlscale.errors import VlscaleError, nearest
 
 TaskName = Literal["mlm", "mrfr", "mrc", "mrckl", "itm"]
+InitTables = Literal["exact", "grow", "reference"]
 TASKS: tuple[str, ...] = get_args(TaskName)
 MAX_RECIPE_BYTES = 1 << 20
 
@@ -35,6 +37,11 @@ class ModelSection(Section):
     preset: str | None = Field(None, description="file in vlscale/models/presets, without .yaml")
     config: dict[str, Any] = Field(default_factory=dict, description="fields of the model's configuration")
     init_from: Path | None = Field(None, description="vlscale folder, or Hugging Face BERT folder, to start from")
+    init_tables: InitTables = Field(
+        "exact",
+        description="grow: init_from may lack the last words and types, which start random and as type 0; "
+        "reference: the same with a new word head (UNITER's second stage on VCR)",
+    )
 
 
 class DatasetSection(Section):
@@ -140,7 +147,10 @@ class BatchSection(Section):
 
 
 class MlmSection(Section):
-    """Masked language modelling: 80 % [MASK], 10 % random, 10 % kept among the chosen word pieces (UNITER 3.2)."""
+    """Masked language modelling: 80 % [MASK], 10 % random, 10 % kept among the chosen word pieces (UNITER 3.2).
+
+    Every segment of a text (of most texts: the text) has at least one chosen word piece.
+    """
 
     probability: Probability = 0.15
     content_probability: Probability | None = Field(
@@ -272,35 +282,6 @@ class Recipe(Section):
         """Names of the tasks that some dataset trains, in a fixed order."""
         wanted = {task for dataset in self.data.datasets for task, share in dataset.mix.items() if share > 0}
         return tuple(task for task in TASKS if task in wanted)
-
-
-class RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2 as people mean it: ``on``, ``off``, ``yes`` and ``no`` are words, and ``1e-4`` is a number.
-
-    A key that stands twice in a mapping is an error: PyYAML would silently drop the first.
-    """
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Compose a mapping and refuse repeated keys."""
-        node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark)
-                seen.add(key.value)
-        return node
-
-
-_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
-RecipeLoader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
-    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-RecipeLoader.add_implicit_resolver(_BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-RecipeLoader.add_implicit_resolver(
-    _FLOAT, re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:

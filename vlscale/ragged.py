@@ -18,7 +18,8 @@ class RaggedBatch:
     Attributes:
         task: name of the objective that this batch is for (``mlm``, ``mrfr``, ``mrc``, ``mrckl``, ``itm``).
         dataset: name of the dataset that the examples come from; keys the random draws.
-        input_ids: int64 [Nt], word pieces including [CLS] and [SEP], masked where the objective says so.
+        input_ids: int64 [Nt], word pieces including [CLS] and [SEP], masked where the objective says so; a text of
+            several segments has a [SEP] after each.
         cu_text: int32 [B+1], cumulative text lengths; text i is ``input_ids[cu_text[i]:cu_text[i+1]]``.
         features: [Nr, D], region features in the dtype they are stored in (float16 or float32), which a model casts to
             its own; zero at masked regions.
@@ -30,7 +31,8 @@ class RaggedBatch:
         group: int32 [B], examples of one group stay in one micro-batch (pair losses are taken within a group).
         region_rows: int64 [Nr], row of each region in the class-probability store.
         region_mask: bool [Nr] or None; True where the region is masked (its feature is zero, its box is visible).
-        text_types: int64 [Nt] or None (all 0); region_types: int64 [Nr] or None (all 1).
+        text_types: int64 [Nt] or None (all 0): types of the texts' segments (VCR: question 0, answer 2, rationale 3).
+        region_types: int64 [Nr] or None (all 1).
         targets: tensors that only the objective reads (see each objective's ``prepare``).
         weight: 1.0, or 0.0 for an empty slot, whose loss and counts do not enter the step.
         max_joint: tokens of the longest example, noted when a batch leaves the CPU; read it as ``longest``.

@@ -41,6 +41,8 @@ FORMATS: dict[str, str] = {
         "unimo_texts",
         "uniter_images",
         "uniter_texts",
+        "uniter_vcr_images",
+        "uniter_vcr_texts",
         "vilbert_captions",
         "vilbert_lmdb",
         "vinvl_tsv",

@@ -111,6 +111,18 @@ def first_part(path: Path, count: int) -> dict[str, Any]:
         return {"first": cursor.key().decode("latin-1"), "count": count}
 
 
+def read_value(path: Path, key: bytes) -> bytes | None:
+    """Return the value of one key; None if there is no such key.
+
+    Raises:
+        VlscaleError: the database is damaged.
+    """
+    env = open_lmdb(path)
+    with _one_line_damage(path), env.begin() as transaction:
+        found: bytes | None = transaction.get(key) if key else None
+        return found
+
+
 def read_range(part: Mapping[str, Any], path: Path) -> Iterator[tuple[bytes, bytes]]:
     """Yield the keys and values of a range.
 

@@ -45,7 +45,8 @@ PART_IMAGES = 2048
 PROBE = 64
 """Records at the beginning of which one must be usable."""
 MAX_COUNTS_BYTES = 1 << 30
-_KEYS = b"__keys__"
+KEYS = b"__keys__"
+"""Key of the list of all keys."""
 _FIELDS = ("features", "norm_bb", "conf", "soft_labels")
 _FLOATS = ("float16", "float32")
 _SIDE_SLACK = 0.02
@@ -67,8 +68,10 @@ def open_source(options: argparse.Namespace) -> UniterImages:
     return UniterImages(folders, options.nbb, box_rule(options))
 
 
-def find_lmdb(path: Path, variant: str | None) -> Path:
+def find_lmdb(path: Path, variant: str | None, option: str = "--variant") -> Path:
     """Find the LMDB's folder: ``path`` itself, or the sub-folder ``variant`` of a split (or the only one).
+
+    ``option`` is what errors call the choice of a sub-folder.
 
     Raises:
         VlscaleError: there is none, or several to choose from.
@@ -84,7 +87,7 @@ def find_lmdb(path: Path, variant: str | None) -> Path:
     if variant in names:
         return path / str(variant)
     found = ", ".join(names) or "none"
-    raise VlscaleError(f"{path}: name the sub-folder to read with --variant (found: {found})")
+    raise VlscaleError(f"{path}: name the sub-folder to read with {option} (found: {found})")
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class UniterImages:
         problem = "it holds no records"
         for folder in self.folders:
             for key, value in read_range(first_part(folder, PROBE), folder):
-                if key == _KEYS:
+                if key == KEYS:
                     continue
                 try:
                     arrays = _arrays(value)
@@ -119,7 +122,7 @@ class UniterImages:
                     typed("soft_labels", probs, _FLOATS, (len(features), None))
                     return ImageLayout(features.shape[1], features.dtype.name, probs.shape[1], probs.dtype.name)
                 except FieldError as error:
-                    problem = str(error.at(_where(folder, key)))
+                    problem = str(error.at(where_of(folder, key)))
         raise VlscaleError(f"{self.folders[0]}: no usable record among the first ({problem}); is it an image database?")
 
     def parts(self) -> list[dict[str, Any]]:
@@ -129,15 +132,23 @@ class UniterImages:
     def read(self, part: Mapping[str, Any]) -> Iterator[ImageRecord | BadRow]:
         """Yield the records of a range, in the order of their keys."""
         folder = self.folders[part["folder"]]
-        counts = self._counts(folder)
         for key, value in read_range(part, folder):
-            if key == _KEYS:
+            if key == KEYS:
                 continue
-            where = _where(folder, key)
             try:
-                yield _record(where, key, value, counts, folder.name.startswith("all"), self.rule)
+                yield self.record(folder, key, value)
             except FieldError as error:
-                yield error.at(where)
+                yield error.at(where_of(folder, key))
+
+    def record(self, folder: Path, key: bytes, value: bytes) -> ImageRecord:
+        """Decode a record of one of the databases.
+
+        Raises:
+            FieldError: it is bad.
+            VlscaleError: the file of region counts is.
+        """
+        cut = folder.name.startswith("all")
+        return _record(where_of(folder, key), key, value, self._counts(folder), cut, self.rule)
 
     def _counts(self, folder: Path) -> Mapping[str, Any] | None:
         name = folder.name.removesuffix("_compressed")
@@ -166,7 +177,8 @@ def _read_counts(path: Path) -> dict[str, Any]:
     return found
 
 
-def _where(folder: Path, key: bytes) -> str:
+def where_of(folder: Path, key: bytes) -> str:
+    """Name a record, for errors."""
     return f"{folder}: key {key.decode('utf-8', 'backslashreplace')[:512]}"
 
 

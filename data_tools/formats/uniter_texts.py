@@ -69,7 +69,7 @@ class UniterTexts:
         """
         for folder in self.folders:
             path = folder / "meta.json"
-            meta = _read_object(path)
+            meta = read_object(path)
             tokenizer = meta.get("bert", meta.get("toker", meta.get("tokenizer", "an unnamed one")))
             found = {key: meta[key] for key in _SPECIAL if key in meta}
             expected = {key: getattr(vocabulary, role) for key, role in _SPECIAL.items() if key in found}
@@ -118,7 +118,7 @@ class UniterTexts:
     def _txt2img(self, folder: Path) -> dict[str, Any]:
         path = folder / "txt2img.json"
         if path not in self._opened:
-            self._opened[path] = _read_object(path) if path.exists() else {}
+            self._opened[path] = read_object(path) if path.exists() else {}
         found: dict[str, Any] = self._opened[path]
         return found
 
@@ -128,11 +128,14 @@ class UniterTexts:
 
 
 def _check_range(path: Path, span: Any, vocabulary: Vocabulary, tokenizer: Any) -> None:
-    """Compare ``v_range``: UNITER's scripts write the id of ``!`` and the number of word pieces."""
+    """Compare ``v_range``: UNITER's scripts write the id of ``!`` and the number of word pieces.
+
+    Where the vocabulary has been grown, that may be the number before.
+    """
     if not (isinstance(span, list) and len(span) == 2 and all(type(end) is int for end in span)):
         raise VlscaleError(f"{path}: v_range is {show(span)}, expected two integers; download it again")
     cure = f"give the vocabulary of {show(tokenizer)}"
-    if not 0 <= span[0] < span[1] or span[1] != vocabulary.size:
+    if not 0 <= span[0] < span[1] or span[1] not in (vocabulary.size, vocabulary.random_range[1]):
         raise VlscaleError(
             f"{path}: v_range {show(span)} does not fit the {vocabulary.size} word pieces of --tokenizer; {cure}"
         )
@@ -170,7 +173,12 @@ def plain(value: Any, field: str) -> Any:
     return value
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a side file.
+
+    Raises:
+        VlscaleError: it is missing, too large, or no JSON object.
+    """
     try:
         if path.stat().st_size > MAX_SIDE_FILE:
             raise VlscaleError(f"{path}: larger than {MAX_SIDE_FILE} bytes")

@@ -99,21 +99,40 @@ def unimo_texts(path):
     return source, {str(n): ([9 + n, 7], [str(n % 3)]) for n in range(6)}
 
 
+def uniter_meta(path):
+    vocabulary = load_tokenizer(path / "tokenizer").vocabulary
+    meta = {"CLS": vocabulary.cls, "SEP": vocabulary.sep, "MASK": vocabulary.mask, "UNK": vocabulary.unk}
+    return meta | {"v_range": [vocabulary.tokens.index("!"), vocabulary.size], "toker": "small"}
+
+
 def uniter_texts(path):
     pytest.importorskip("lmdb")
     from tests.data_tools.uniter_files import write_texts
 
-    vocabulary = load_tokenizer(path / "tokenizer").vocabulary
-    meta = {"CLS": vocabulary.cls, "SEP": vocabulary.sep, "MASK": vocabulary.mask, "UNK": vocabulary.unk}
-    meta |= {"v_range": [vocabulary.tokens.index("!"), vocabulary.size], "toker": "small"}
     rows = {f"t{n}": {"input_ids": [9 + n, 7], "img_fname": f"{n % 3}.npz"} for n in range(6)}
-    source = write_texts(path / "db", rows, meta)
+    source = write_texts(path / "db", rows, uniter_meta(path))
     return source, {name: (row["input_ids"], [row["img_fname"]]) for name, row in rows.items()}
+
+
+def uniter_vcr_texts(path):
+    pytest.importorskip("lmdb")
+    from tests.data_tools.uniter_files import write_texts
+
+    choices = {"input_ids_as": [[8], [9]], "input_ids_rs": [[10, 11], [12]], "qa_target": 1, "qar_target": 0}
+    rows = {f"t{n}": {"input_ids": [9 + n, 7], "img_fname": [f"g{n % 3}", f"{n % 3}"], **choices} for n in range(6)}
+    meta = uniter_meta(path)
+    source = write_texts(path / "db", rows, meta)
+    told = {"qa": [meta["SEP"], 9], "qar": [meta["SEP"], 9, meta["SEP"], 10, 11]}
+    return source, {
+        f"{name}-{kind}": ([*row["input_ids"], *rest], ["+".join(row["img_fname"])])
+        for name, row in rows.items()
+        for kind, rest in told.items()
+    }
 
 
 PAIRED = (
     *(coco_captions, karpathy, visual_genome, conceptual_captions, sbu, flickr30k, webdataset, image_folder),
-    *(vilbert_captions, unimo_texts, uniter_texts),
+    *(vilbert_captions, unimo_texts, uniter_texts, uniter_vcr_texts),
 )
 CORPORA = {
     "plain_text": (write_plain, "a.txt"),

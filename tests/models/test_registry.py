@@ -43,6 +43,13 @@ def test_overrides_lie_over_the_preset_and_data_fill_the_rest():
     config = resolve_config(ModelSection(), vocab_size=50, feature_dim=1280, num_classes=1000)
     assert (config.vocab_size, config.feature_dim, config.num_classes) == (50, 1280, 1000)
     assert resolve_config(ModelSection(config={"num_classes": 9}), num_classes=None).num_classes == 9
+    assert [resolve_config(ModelSection(), num_types=types).type_vocab_size for types in (None, 1, 2, 4)] == [
+        2,
+        2,
+        2,
+        4,
+    ]
+    assert resolve_config(ModelSection(config={"type_vocab_size": 9}), num_types=4).type_vocab_size == 9
 
 
 @pytest.mark.parametrize(
@@ -68,6 +75,11 @@ def test_overrides_lie_over_the_preset_and_data_fill_the_rest():
         ),
         ({"config": {"vocab_fingerprint": "x"}}, {}, "vocab_fingerprint: .* found 'x'"),
         ({"config": {"max_position_embeddings": 64}}, {"max_text_tokens": 63}, "needs 65"),
+        (
+            {"preset": "uniter-base"},
+            {"num_types": 4},
+            "segments of the types 0 to 3; set model.config.type_vocab_size=4",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_line(section, facts, message):

@@ -121,6 +121,22 @@ def test_type_vectors_come_from_one_table(model, batch):
     assert (model.encode(swapped).hidden - model.encode(batch).hidden).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_segments_of_a_text_have_their_own_type_vectors(batch):
+    model = tiny_model(type_vocab_size=4).eval()
+    types = torch.arange(batch.input_ids.numel()) % 2 * 3
+    found = model.embed_text(replace(batch, text_types=types))
+    owner = batch.text_owner()
+    positions = torch.arange(len(owner)) - batch.cu_text.long()[owner]
+    words = model.text_embedder
+    expected = (
+        words.word.weight[batch.input_ids] + words.position.weight[positions] + model.type_embedding.weight[types]
+    )
+    assert_close(found, words.norm(expected))
+    with pytest.raises(VlscaleError, match=r"segments of type 4, the model has 4 types; set model\.config"):
+        model.encode(replace(batch, text_types=types + 1))
+
+
 def test_heads_have_the_documented_shapes_and_take_no_positions(model, batch):
     encoded = model.encode(batch)
     for count in (0, 2):

@@ -9,17 +9,19 @@ from vlscale.train.pretraining import data_facts
 
 def dataset(root, words, **other):
     vocabulary = Vocabulary.from_tokens([*SPECIAL_TOKENS.values(), *words])
-    return SimpleNamespace(**{"root": root, "vocabulary": vocabulary, "feature_dim": 8, "num_classes": None, **other})
+    facts = {"root": root, "vocabulary": vocabulary, "feature_dim": 8, "num_classes": None, "num_types": 1}
+    return SimpleNamespace(**{**facts, **other})
 
 
-def test_a_model_is_told_the_vocabularys_size_and_fingerprint():
+def test_a_model_is_told_the_vocabularys_size_and_fingerprint_and_the_most_types():
     one = dataset("one", "ab")
-    facts = data_facts([one, dataset("two", "ab", num_classes=5)])
+    facts = data_facts([one, dataset("two", "ab", num_classes=5, num_types=4)])
     assert facts == {
         "vocab_size": 7,
         "feature_dim": 8,
         "num_classes": 5,
         "vocab_fingerprint": one.vocabulary.fingerprint,
+        "num_types": 4,
     }
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from vlscale.config import InitTables
 from vlscale.convert.bert import is_bert_folder, read_bert, required_names
+from vlscale.convert.growing import check_tables, grow_tables, old_sizes
 from vlscale.errors import VlscaleError
 from vlscale.models.folder import CONFIG_FILE, MODEL_TYPE, check_state, read_config, read_json, read_weights
 from vlscale.models.uniter import UniterConfig, UniterForPretraining, expected_shapes
@@ -22,12 +24,14 @@ class WeightReport:
         loaded: names of the model that were found.
         fresh: names of the model that were not, and keep their random values.
         ignored: names of the folder that the model has no place for.
+        grown: what was done to tables that are longer in the model, in words.
     """
 
     source: str
     loaded: tuple[str, ...]
     fresh: tuple[str, ...]
     ignored: tuple[str, ...]
+    grown: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} tensors loaded from {self.source}"]
@@ -36,23 +40,26 @@ class WeightReport:
             parts.append(f"{len(self.fresh)} start from random values ({', '.join(groups)})")
         if self.ignored:
             parts.append(f"{len(self.ignored)} ignored ({', '.join(self.ignored)})")
-        return "; ".join(parts)
+        return "; ".join([*parts, *self.grown])
 
 
-def initial_state(path: Path, config: UniterConfig) -> dict[str, Tensor]:
+def initial_state(path: Path, config: UniterConfig, tables: InitTables = "exact") -> dict[str, Tensor]:
     """Return the part of the model's state dict that ``path`` provides, on the CPU; nothing is written anywhere.
 
     For models whose parameters are partitioned: gather each parameter and copy. See :func:`read_initial`.
     """
-    return read_initial(path, config)[0]
+    return read_initial(path, config, tables)[0]
 
 
-def read_initial(path: Path, config: UniterConfig) -> tuple[dict[str, Tensor], WeightReport]:
+def read_initial(
+    path: Path, config: UniterConfig, tables: InitTables = "exact"
+) -> tuple[dict[str, Tensor], WeightReport]:
     """Read initial weights and check them against the shapes of the configured model.
 
     Args:
         path: vlscale folder (all weights must fit) or Hugging Face BERT folder (image parts stay random).
         config: the model's configuration.
+        tables: ``model.init_tables``: whether a vlscale folder may have fewer words or types than the model.
 
     Returns:
         Our names -> tensors, and what was mapped, ignored and left random.
@@ -65,6 +72,7 @@ def read_initial(path: Path, config: UniterConfig) -> tuple[dict[str, Tensor], W
             f"model.init_from: no such folder {path}; give a vlscale or Hugging Face BERT folder, or null"
         )
     shapes = expected_shapes(config)
+    grown: tuple[str, ...] = ()
     if read_json(path / CONFIG_FILE).get("model_type") == MODEL_TYPE:
         saved = read_config(UniterConfig, path)
         if saved.norm != config.norm:
@@ -74,14 +82,10 @@ def read_initial(path: Path, config: UniterConfig) -> tuple[dict[str, Tensor], W
                 f"{path}: num_attention_heads is {saved.num_attention_heads}, the model's is "
                 f"{config.num_attention_heads}; set model.config.num_attention_heads"
             )
-        known = (saved.vocab_fingerprint, config.vocab_fingerprint)
-        if None not in known and known[0] != known[1]:  # of equal size, or the word table does not fit
-            raise VlscaleError(
-                f"{path}: the weights were trained with the vocabulary {str(known[0])[:12]}, the texts have "
-                f"{str(known[1])[:12]}; import the texts with the tokenizer that the weights were trained with"
-            )
-        found = read_weights(path, expected_shapes(config.model_copy(update={"heads": saved.heads})))
-        state = {name: tensor for name, tensor in found.items() if name in shapes}
+        check_tables(path, saved, config, tables)
+        found = read_weights(path, expected_shapes(old_sizes(saved, config)))
+        state, grown = grow_tables(found, saved, config, tables)
+        state = {name: tensor for name, tensor in state.items() if name in shapes}
         ignored = tuple(name for name in found if name not in shapes)  # heads that the model does without
     elif is_bert_folder(path):
         bert = read_bert(path, config)
@@ -93,15 +97,15 @@ def read_initial(path: Path, config: UniterConfig) -> tuple[dict[str, Tensor], W
     else:
         raise VlscaleError(f"{path / CONFIG_FILE}: neither a vlscale model nor a BERT")
     fresh = tuple(name for name in shapes if name not in state)
-    return state, WeightReport(str(path), tuple(state), fresh, ignored)
+    return state, WeightReport(str(path), tuple(state), fresh, ignored, grown)
 
 
-def load_initial_weights(model: UniterForPretraining, path: Path) -> WeightReport:
+def load_initial_weights(model: UniterForPretraining, path: Path, tables: InitTables = "exact") -> WeightReport:
     """Copy initial weights into an ordinary (not partitioned) model.
 
     Raises:
         VlscaleError: see :func:`read_initial`.
     """
-    state, report = read_initial(path, model.config)
+    state, report = read_initial(path, model.config, tables)
     model.load_state_dict(state, strict=False)  # names and shapes have been checked
     return report

@@ -57,7 +57,9 @@ def collate(
     input_ids = empty((int(cu_text[-1]),), torch.int64)
     features = empty((regions, images.meta.feature_dim), getattr(torch, images.feature_dtype.name))
     boxes = empty((regions, 4), torch.float32)
-    write_texts(dataset, micro.texts, cu_text, cls, sep, input_ids.numpy())
+    text_types = empty(tuple(input_ids.shape), torch.int64) if texts.num_types > 1 else None
+    types = None if text_types is None else text_types.numpy()
+    write_texts(dataset, micro.texts, cu_text, cls, sep, input_ids.numpy(), types)
     images.write_regions(micro.images, counts, features.numpy(), boxes.numpy())
     batch = RaggedBatch(
         task=micro.task,
@@ -72,6 +74,7 @@ def collate(
         images=kept(micro.images),
         group=kept(micro.group),
         region_rows=kept(images.region_rows(micro.images, counts)),
+        text_types=text_types,
         weight=micro.weight,
     )
     if micro.task == "itm":
@@ -80,7 +83,13 @@ def collate(
 
 
 def write_texts(
-    dataset: Dataset, rows: NDArray[np.int64], cu_text: NDArray[np.int32], cls: int, sep: int, out: NDArray[np.int64]
+    dataset: Dataset,
+    rows: NDArray[np.int64],
+    cu_text: NDArray[np.int32],
+    cls: int,
+    sep: int,
+    out: NDArray[np.int64],
+    types: NDArray[np.int64] | None = None,
 ) -> None:
     """Write [CLS], word pieces and [SEP] of int64 [B] ``rows`` into int64 [Nt] ``out``.
 
@@ -90,6 +99,7 @@ def write_texts(
         cu_text: int32 [B+1], cumulative lengths with the two special tokens.
         cls: id of [CLS]; sep: id of [SEP].
         out: int64 [Nt].
+        types: int64 [Nt], for the type of each token; [CLS] has that of the first word piece, [SEP] of the last.
 
     Raises:
         VlscaleError: a row is damaged.
@@ -97,7 +107,9 @@ def write_texts(
     starts, stops = cu_text[:-1].astype(np.int64), cu_text[1:].astype(np.int64)
     out[starts] = cls
     out[stops - 1] = sep
-    dataset.texts.write_ids(rows, out, starts + 1)
+    dataset.texts.write_ids(rows, out, starts + 1, types)
+    if types is not None:
+        types[starts], types[stops - 1] = types[starts + 1], types[stops - 2]
 
 
 def _cumulative(lengths: NDArray[np.int32]) -> NDArray[np.int32]:

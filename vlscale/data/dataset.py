@@ -72,6 +72,11 @@ class Dataset:
         return self.texts.meta.vocabulary
 
     @property
+    def num_types(self) -> int:
+        """Kinds of segments that the texts have; 1: none."""
+        return self.texts.num_types
+
+    @property
     def feature_dim(self) -> int:
         """Width D of the region features."""
         return self.images.meta.feature_dim

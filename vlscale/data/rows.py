@@ -68,6 +68,8 @@ def decoded_rows(stores: Stores, asked: str, max_regions: int) -> list[dict[str,
 def text_row(stores: Stores, texts: TextStore, row: int, max_regions: int) -> dict[str, Any]:
     """Return ``row, id, text, tokens`` (in words), ``input_ids, images, extra`` of a text.
 
+    Where the texts have segments, also ``segments``: the type and the number of word pieces of each.
+
     ``images`` are :func:`image_row` where the images are at hand, otherwise only ``{"id": ..}``.
 
     Raises:
@@ -92,9 +94,17 @@ def text_row(stores: Stores, texts: TextStore, row: int, max_regions: int) -> di
         "text": found["text"],
         "tokens": [tokens[index] for index in ids],
         "input_ids": ids,
+        **({"segments": segments(found["type_ids"])} if texts.num_types > 1 else {}),
         "images": images,
         "extra": found["extra"],
     }
+
+
+def segments(type_ids: NDArray[np.int32]) -> list[list[int]]:
+    """Return [type, word pieces] of each run of equal types of int32 [t] ``type_ids``."""
+    found = np.ravel(type_ids)
+    starts = np.flatnonzero(np.diff(found, prepend=found[:1] - 1))
+    return [[int(found[at]), int(size)] for at, size in zip(starts, np.diff([*starts, len(found)]), strict=True)]
 
 
 def image_row(images: ImageStore, classes: ClassStore | None, row: int, max_regions: int) -> dict[str, Any]:

@@ -7,7 +7,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from vlscale.errors import VlscaleError
 
@@ -18,6 +26,10 @@ CODED = "vlscale_features"
 
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 """Names that BERT's vocabularies give the five special tokens."""
+
+MAX_TYPES = 1 << 16
+ADDED = "[added{}]"
+"""Name of the n-th word piece that :meth:`Vocabulary.grown` adds, counted from 0."""
 
 
 class Meta(BaseModel):
@@ -102,6 +114,28 @@ class Vocabulary(Meta):
         except ValidationError as error:
             raise VlscaleError(f"vocabulary: {first_problem(error)}") from None
 
+    def grown(self, count: int) -> Vocabulary:
+        """Return this vocabulary with ``count`` more word pieces at its end, named :data:`ADDED`.
+
+        The ids of texts do not change, so a model that knows this vocabulary can start one that knows the grown one.
+        No random word is ever drawn from the added ones.
+
+        Raises:
+            VlscaleError: a word piece has such a name already, or there would be too many.
+        """
+        tokens = (*self.tokens, *(ADDED.format(number) for number in range(count)))
+        fingerprint = grown_fingerprint(self.fingerprint, count)
+        known = {**dict(self), "size": len(tokens), "tokens": tokens, "fingerprint": fingerprint}
+        try:
+            return Vocabulary(**known)
+        except ValidationError as error:
+            raise VlscaleError(f"vocabulary of {self.size} grown by {count}: {first_problem(error)}") from None
+
+
+def grown_fingerprint(fingerprint: str, count: int) -> str:
+    """Fingerprint of a vocabulary that :meth:`Vocabulary.grown` has made of the one with ``fingerprint``."""
+    return hashlib.sha256(f"{fingerprint} grown by {count}".encode()).hexdigest() if count else fingerprint
+
 
 class ImagesMeta(Meta):
     """images/meta.json: width D and dtype of the region features, how they are coded, and what computed them."""
@@ -115,11 +149,25 @@ class ImagesMeta(Meta):
 
 
 class TextsMeta(Meta):
-    """texts/meta.json: the vocabulary that the word-piece ids belong to."""
+    """texts/meta.json: the vocabulary that the word-piece ids belong to, and how many kinds of segments there are.
+
+    Attributes:
+        vocabulary: what the ids mean.
+        num_types: texts have segments whose types are 0..num_types-1, in a column ``type_ids``; 1: all is of type 0,
+            and there is no such column. Left out of meta.json where it is 1, as in every store from before.
+    """
 
     kind: Literal["texts"] = "texts"
     version: Literal[1] = 1
     vocabulary: Vocabulary
+    num_types: int = Field(1, ge=1, le=MAX_TYPES)
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = write(self)
+        if self.num_types == 1:  # fingerprints of datasets are taken of what is written
+            found.pop("num_types", None)
+        return found
 
 
 class ClassesMeta(Meta):
@@ -156,7 +204,8 @@ def image_columns(meta: ImagesMeta) -> dict[str, str]:
 
 def text_columns(meta: TextsMeta) -> dict[str, str]:
     """Columns (name -> MDS encoding) of the texts store."""
-    return {"id": "str", "text": "str", "input_ids": "ndarray:int32", "images": "json", "extra": "json"}
+    types = {"type_ids": "ndarray:int32"} if meta.num_types > 1 else {}
+    return {"id": "str", "text": "str", "input_ids": "ndarray:int32", **types, "images": "json", "extra": "json"}
 
 
 def class_columns(meta: ClassesMeta) -> dict[str, str]:

@@ -99,14 +99,32 @@ class TextStore(Store):
         """
         return lengths_of(self.folder, self.lengths, rows)
 
-    def write_ids(self, rows: NDArray[np.int64], out: NDArray[np.int64], places: NDArray[np.int64]) -> None:
+    @property
+    def num_types(self) -> int:
+        """Kinds of segments; 1: texts have none."""
+        return self.meta.num_types
+
+    def write_ids(
+        self,
+        rows: NDArray[np.int64],
+        out: NDArray[np.int64],
+        places: NDArray[np.int64],
+        types: NDArray[np.int64] | None = None,
+    ) -> None:
         """Write the word pieces of each of int64 [B] ``rows`` into int64 ``out``, from int64 [B] ``places`` on.
 
+        Args:
+            rows: rows of this store.
+            out: int64 [Nt].
+            places: first place of each row in ``out``.
+            types: int64 [Nt], where the types of the word pieces go; only of texts that have segments.
+
         Raises:
-            VlscaleError: see :meth:`input_ids`.
+            VlscaleError: see :meth:`input_ids`; or types that do not fit the word pieces or meta.json.
         """
+        names = ["input_ids"] if types is None else ["input_ids", "type_ids"]
         for shard, at, local in self._reader.by_shard(rows):
-            ((starts, shapes),) = shard.shapes(local, ["input_ids"], [1])
+            (starts, shapes), *typed = shard.shapes(local, names, [1] * len(names))
             found, expected = shapes[:, 0], np.asarray(self.lengths[rows[at]], np.int64)
             if not np.array_equal(found, expected):
                 bad = int(np.argmax(found != expected))
@@ -116,12 +134,30 @@ class TextStore(Store):
             self._check_ids(rows[at], found, ids)
             out[np.repeat(places[at], found) + inside] = ids
             self.bytes_read += ids.nbytes
+            for type_starts, type_shapes in typed:
+                assert types is not None
+                self._check_shapes(rows[at], type_shapes[:, 0], found)
+                each = shard.elements(np.repeat(type_starts, found) + 4 * inside, np.dtype("<i4"))
+                self._check_types(rows[at], found, each)
+                types[np.repeat(places[at], found) + inside] = each
+                self.bytes_read += each.nbytes
 
     def _check_ids(self, rows: NDArray[np.int64], lengths: NDArray[np.int64], ids: NDArray[np.int32]) -> None:
         size = self.meta.vocabulary.size
         if len(ids) and (ids.min() < 0 or ids.max() >= size):
             bad = int(np.argmax((ids < 0) | (ids >= size)))
             self.fail(owner(rows, lengths, bad), f"token id {ids[bad]} is outside the vocabulary of {size}")
+
+    def _check_shapes(self, rows: NDArray[np.int64], found: NDArray[np.int64], expected: NDArray[np.int64]) -> None:
+        if not np.array_equal(found, expected):
+            bad = int(np.argmax(found != expected))
+            self.fail(int(rows[bad]), f"{found[bad]} type_ids for {expected[bad]} tokens")
+
+    def _check_types(self, rows: NDArray[np.int64], lengths: NDArray[np.int64], types: NDArray[np.int32]) -> None:
+        if len(types) and (types.min() < 0 or types.max() >= self.num_types):
+            bad = int(np.argmax((types < 0) | (types >= self.num_types)))
+            row = owner(rows, lengths, bad)
+            self.fail(row, f"type id {types[bad]} is outside 0..{self.num_types - 1} of meta.json")
 
 
 class ClassStore(Store):

@@ -147,6 +147,7 @@ class TextWriter(StoreWriter):
         tokenizer_json: content of a ``tokenizer.json`` to keep beside the texts.
         shard_bytes: size at which a new shard is begun.
         compression: of whole shards (``zstd:3``).
+        num_types: kinds of segments that texts have; 1: none.
 
     Raises:
         VlscaleError: the folder exists, or a setting is out of range.
@@ -161,8 +162,9 @@ class TextWriter(StoreWriter):
         *,
         shard_bytes: int = TEXT_SHARD_BYTES,
         compression: str | None = None,
+        num_types: int = 1,
     ) -> None:
-        meta = TextsMeta(vocabulary=vocabulary)
+        meta = make_meta(TextsMeta, vocabulary=vocabulary, num_types=num_types)
         super().__init__(root, "texts", meta, text_columns(meta), shard_bytes, compression)
         self._image_ends = _shard_ends(Path(root) / "images")
         self.meta = meta
@@ -180,21 +182,25 @@ class TextWriter(StoreWriter):
         input_ids: ArrayLike,
         images: Sequence[str] = (),
         extra: Mapping[str, Any] | None = None,
+        type_ids: ArrayLike | None = None,
     ) -> int:
         """Append a text and return its row.
 
         Args:
             id: name of the text.
             text: as people read it.
-            input_ids: [t] word pieces without [CLS] and [SEP], t >= 1.
+            input_ids: [t] word pieces without the first [CLS] and the last [SEP], t >= 1.
             images: ids of the images it refers to; pre-training pairs it with the first.
             extra: task fields, JSON types.
+            type_ids: [t] type of each word piece; a run of equal types is a segment. None: all 0.
 
         Raises:
-            VlscaleError: no tokens, an id outside the vocabulary, an unknown or repeated image, or texts out of order.
+            VlscaleError: no tokens, an id outside the vocabulary, types that do not fit them or ``num_types``, an
+                unknown or repeated image, or texts out of order.
         """
         where = f"text {id!r}"
         ids = self._checked_ids(where, input_ids)
+        types = self._checked_types(where, type_ids, ids.size)
         refs = self._rows_of(where, images)
         first = refs[0] if refs else float("inf")
         if first < self._last:
@@ -210,6 +216,7 @@ class TextWriter(StoreWriter):
                 "id": str(id),
                 "text": str(text),
                 "input_ids": ids,
+                **types,
                 "images": list(images),
                 "extra": plain_json(where, extra),
             }
@@ -221,19 +228,20 @@ class TextWriter(StoreWriter):
         return row
 
     def _checked_ids(self, where: str, input_ids: ArrayLike) -> NDArray[np.int32]:
-        size = self.meta.vocabulary.size
-        try:
-            ids = np.asarray(input_ids)
-        except ValueError as error:
-            raise VlscaleError(f"{where}: input_ids are not one row of integers ({error})") from None
-        require_shape(where, "input_ids", ids, (ids.size,))
+        ids = _integers(where, "input_ids", input_ids)
         if not ids.size:
             raise VlscaleError(f"{where}: no tokens; leave the text out, or look at the tokenizer")
-        if ids.dtype.kind not in "iu":
-            raise VlscaleError(f"{where}: input_ids have the dtype {ids.dtype}, expected integers")
-        if ids.min() < 0 or ids.max() >= size:
-            raise VlscaleError(f"{where}: input_ids span {ids.min()}..{ids.max()}, expected 0..{size - 1}")
-        return ids.astype("<i4")
+        return _below(where, "input_ids", ids, self.meta.vocabulary.size)
+
+    def _checked_types(self, where: str, type_ids: ArrayLike | None, count: int) -> dict[str, NDArray[np.int32]]:
+        """The column of types; empty where the store has none."""
+        if self.meta.num_types == 1:
+            if type_ids is not None:
+                raise VlscaleError(f"{where}: has type_ids, but the store was begun without; set num_types")
+            return {}
+        types = np.zeros(count, np.int32) if type_ids is None else _integers(where, "type_ids", type_ids)
+        require_shape(where, "type_ids", types, (count,))
+        return {"type_ids": _below(where, "type_ids", types, self.meta.num_types)}
 
     def _rows_of(self, where: str, images: Sequence[str]) -> list[int]:
         if isinstance(images, str) or len(set(images)) != len(images):
@@ -313,6 +321,25 @@ class ClassWriter(StoreWriter):
 
     def _side_files(self) -> dict[str, NDArray[Any]]:
         return {}
+
+
+def _integers(where: str, name: str, values: ArrayLike) -> NDArray[Any]:
+    """``values`` as one row of integers."""
+    try:
+        found = np.asarray(values)
+    except ValueError as error:
+        raise VlscaleError(f"{where}: {name} are not one row of integers ({error})") from None
+    require_shape(where, name, found, (found.size,))
+    if found.size and found.dtype.kind not in "iu":
+        raise VlscaleError(f"{where}: {name} have the dtype {found.dtype}, expected integers")
+    return found
+
+
+def _below(where: str, name: str, values: NDArray[Any], size: int) -> NDArray[np.int32]:
+    """``values`` as int32, which must lie in 0..size-1."""
+    if values.min() < 0 or values.max() >= size:
+        raise VlscaleError(f"{where}: {name} span {values.min()}..{values.max()}, expected 0..{size - 1}")
+    return values.astype("<i4")
 
 
 def are_probabilities(probs: NDArray[Any]) -> bool:

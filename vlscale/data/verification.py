@@ -239,6 +239,10 @@ def _text_problem(texts: TextStore, row: int, decoded: dict[str, Any], ids: NDAr
         return f"input_ids {list(words.shape)}, expected [{texts.lengths[row]}] by lengths.npy"
     if words.min() < 0 or words.max() >= size:
         return f"input_ids span {words.min()}..{words.max()}, outside the vocabulary of {size}"
+    if texts.num_types > 1:
+        types = decoded["type_ids"]
+        if types.shape != words.shape or types.min() < 0 or types.max() >= texts.num_types:
+            return f"type_ids {list(types.shape)} are not {len(words)} numbers in 0..{texts.num_types - 1}"
     names, refs = decoded["images"], texts.image_refs[texts.image_ptr[row] : texts.image_ptr[row + 1]]
     if not isinstance(names, list) or len(names) != len(refs):
         return f"refers to the images {str(names)[:80]}, but image_ptr.npy counts {len(refs)}"

@@ -10,7 +10,7 @@ import yaml
 from vlscale.config import ModelSection
 from vlscale.errors import VlscaleError, nearest
 from vlscale.models.folder import parse_config
-from vlscale.models.uniter import UniterConfig, UniterForPretraining
+from vlscale.models.uniter import REGION_TYPE, UniterConfig, UniterForPretraining
 
 MODELS: dict[str, type[UniterForPretraining]] = {"uniter": UniterForPretraining}
 PRESETS = Path(__file__).parent / "presets"
@@ -47,6 +47,7 @@ def resolve_config(
     num_classes: int | None = None,
     vocab_fingerprint: str | None = None,
     max_text_tokens: int | None = None,
+    num_types: int | None = None,
 ) -> UniterConfig:
     """Lay the recipe's overrides over the preset, and fill in what only the data know.
 
@@ -60,6 +61,7 @@ def resolve_config(
         num_classes: classes of the detector.
         vocab_fingerprint: of the texts' vocabulary; the model's folder keeps it.
         max_text_tokens: longest text of the data, without [CLS] and [SEP]; the model must have positions for it.
+        num_types: types of the texts' segments are below it; the model must have a row for each.
 
     Raises:
         VlscaleError: unknown model, preset or key (the nearest is named), a bad value, or a clash with the data.
@@ -76,19 +78,30 @@ def resolve_config(
         "vocab_fingerprint": vocab_fingerprint,
     }
     known = {key: value for key, value in facts.items() if value is not None}
-    config = parse_config(UniterConfig, {**known, **stated}, "model.config")
+    types = {"type_vocab_size": max(REGION_TYPE + 1, num_types or 1)}
+    config = parse_config(UniterConfig, {**types, **known, **stated}, "model.config")
     for key, value in known.items():
         if getattr(config, key) != value:
             source = "model.config" if key in section.config else f"preset {section.preset}"
             raise VlscaleError(
                 f"{source}: {key} is {getattr(config, key)}, but {_CURES[key]} {value}; set model.config.{key}={value}"
             )
+    _check_tables(config, max_text_tokens, types["type_vocab_size"])
+    return config
+
+
+def _check_tables(config: UniterConfig, max_text_tokens: int | None, types: int) -> None:
+    """Look whether there is a row for every position and type of the texts."""
     if max_text_tokens is not None and max_text_tokens + 2 > config.max_position_embeddings:
         raise VlscaleError(
             f"model.config: max_position_embeddings is {config.max_position_embeddings}, but data.max_text_tokens "
             f"{max_text_tokens} with [CLS] and [SEP] needs {max_text_tokens + 2}; raise the one or lower the other"
         )
-    return config
+    if config.type_vocab_size < types:
+        raise VlscaleError(
+            f"model.config: type_vocab_size is {config.type_vocab_size}, but the texts have segments of the types 0 to "
+            f"{types - 1}; set model.config.type_vocab_size={types}"
+        )
 
 
 def build_model(section: ModelSection, **data_facts: Any) -> UniterForPretraining:

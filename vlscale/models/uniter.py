@@ -177,7 +177,8 @@ class UniterForPretraining(
             all_layers: also keep the embeddings and every layer's output in ``Encoded.layers``.
 
         Raises:
-            VlscaleError: the features have another width than the model, or (on a CPU) a text is too long for it.
+            VlscaleError: the features have another width than the model, or (on a CPU) a text is too long for it or has
+                segments of a type that it does not know.
         """
         self._check(batch)
         text_NH, regions_RH = self.embed_text(batch), self.embed_regions(batch)
@@ -264,6 +265,12 @@ class UniterForPretraining(
             raise VlscaleError(
                 f"dataset {batch.dataset!r}: a text has {int(batch.text_lengths.max())} tokens with [CLS] and [SEP], "
                 f"the model has {limit} positions; lower data.max_text_tokens or raise max_position_embeddings"
+            )
+        types, rows = batch.text_types, self.config.type_vocab_size
+        if types is not None and types.device.type == "cpu" and types.numel() and int(types.max()) >= rows:
+            raise VlscaleError(
+                f"dataset {batch.dataset!r}: texts have segments of type {int(types.max())}, the model has {rows} "
+                f"types; set model.config.type_vocab_size"
             )
 
     def _save_pretrained(self, save_directory: Path) -> None:

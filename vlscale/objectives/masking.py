@@ -50,7 +50,8 @@ class TokenMasking:
     Every word piece is chosen on its own with its probability; of the chosen, 80 % become [MASK], 10 % a random word
     piece, 10 % stay. [CLS], [SEP] and [PAD] are never chosen. A text in which nothing was chosen gets one [MASK]: its
     first word (the published rule), or, where content words have a probability of their own, a uniformly random
-    content word (any word if it has no content word), since the first word of a caption is mostly an article.
+    content word (any word if it has no content word), since the first word of a caption is mostly an article. Where
+    texts have segments (``RaggedBatch.text_types``: question, answer, rationale), this holds for each segment.
 
     Attributes:
         probability: float64 [V], chance of being chosen, per id.
@@ -92,7 +93,7 @@ class TokenMasking:
             batch: its ``input_ids`` are whole (not masked yet).
             draws: random numbers of (seed, dataset).
             purpose: keys the draws.
-            at_least_one: give every text with a word at least one chosen word piece.
+            at_least_one: give every text with a word at least one chosen word piece, and every segment of it.
 
         Raises:
             VlscaleError: a token id is not in the vocabulary.
@@ -111,7 +112,7 @@ class TokenMasking:
         replace[random] = low + (piece[random] * (high - low)).astype(np.int64)
         if at_least_one:
             rank = np.arange(ids.size, dtype=np.float64) if self.content is None else order + ~self.content[ids]
-            missing = _smallest_where_none_chosen(chosen, self.word[ids], rank, owner, len(batch))
+            missing = _smallest_where_none_chosen(chosen, self.word[ids], rank, *_segments(batch, owner))
             chosen[missing] = True
             replace[missing] = self.mask
         positions = np.flatnonzero(chosen)
@@ -165,15 +166,23 @@ def _uniform(
     return draws.uniform(purpose, batch.passes.numpy()[owner], batch.examples.numpy()[owner], within).T
 
 
+def _segments(batch: RaggedBatch, owner: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+    """Return int64 [Nt], the segment (run of one type; without types the text) of each token, and their number."""
+    if batch.text_types is None:
+        return owner, len(batch)
+    begins = (np.diff(owner, prepend=-1) != 0) | (np.diff(batch.text_types.numpy(), prepend=-1) != 0)
+    return np.cumsum(begins) - 1, int(begins.sum())
+
+
 def _smallest_where_none_chosen(
     chosen: NDArray[np.bool_],
     allowed: NDArray[np.bool_],
     rank: NDArray[np.float64],
     owner: NDArray[np.int64],
-    examples: int,
+    owners: int,
 ) -> NDArray[np.int64]:
-    """Return, for each example without a chosen position, its allowed position of the smallest rank (if any)."""
-    lacking = np.bincount(owner, chosen, minlength=examples) == 0
+    """Return, for each owner without a chosen position, its allowed position of the smallest rank (if any)."""
+    lacking = np.bincount(owner, chosen, minlength=owners) == 0
     candidates = np.flatnonzero(allowed & lacking[owner])
     candidates = candidates[np.lexsort((rank[candidates], owner[candidates]))]
     _, first = np.unique(owner[candidates], return_index=True)

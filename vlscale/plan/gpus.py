@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vlscale.config import RecipeLoader
+from vlscale.config_yaml import RecipeLoader
 from vlscale.errors import VlscaleError, nearest
 
 TABLE = Path(__file__).with_name("gpus.yaml")

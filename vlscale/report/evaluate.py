@@ -183,6 +183,11 @@ def _check_fits(model: UniterForPretraining, dataset: Dataset, run: Path) -> Non
                 f"dataset {dataset.name} ({dataset.root}): {what} {of_data}, but the model in {run / 'model'} has "
                 f"{of_model}; set data.validation to data built as the training data were"
             )
+    if dataset.num_types > config.type_vocab_size:
+        raise VlscaleError(
+            f"dataset {dataset.name} ({dataset.root}): its segments have {dataset.num_types} types, but the model in "
+            f"{run / 'model'} has {config.type_vocab_size}; set data.validation to data built as the training data were"
+        )
     known, found = config.vocab_fingerprint, dataset.vocabulary.fingerprint
     if known is not None and known != found:
         raise VlscaleError(

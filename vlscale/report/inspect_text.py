@@ -178,6 +178,9 @@ def _show_text(row: Mapping[str, Any], console: Console) -> None:
     pairs = zip(row["tokens"], row["input_ids"], strict=True)
     words = f"{len(row['tokens'])} word pieces: {' '.join(printable(f'{token}:{index}') for token, index in pairs)}"
     _line(console, textwrap.fill(words, console.width - 2, initial_indent="  ", subsequent_indent="    "))
+    if "segments" in row:
+        segments = ", ".join(f"type {kind}: {size} word pieces" for kind, size in row["segments"])
+        _line(console, f"  {len(row['segments'])} segments: {segments}")
     if row["extra"]:
         _line(console, f"  extra: {printable(row['extra'], _MOST_EXTRA)}")
 

@@ -29,6 +29,7 @@ class DataFacts(TypedDict):
     feature_dim: int
     num_classes: int | None
     vocab_fingerprint: str
+    num_types: int
 
 
 class PretrainingModule(nn.Module):
@@ -61,6 +62,7 @@ def data_facts(datasets: Iterable[Dataset]) -> DataFacts:
         VlscaleError: vocabularies, feature widths or class counts differ; both datasets are named.
     """
     first, *others = datasets
+    types = max(dataset.num_types for dataset in (first, *others))
     classes = first.num_classes
     for other in others:
         pairs: list[tuple[str, Any, Any]] = [
@@ -82,6 +84,7 @@ def data_facts(datasets: Iterable[Dataset]) -> DataFacts:
         "feature_dim": first.feature_dim,
         "num_classes": classes,
         "vocab_fingerprint": first.vocabulary.fingerprint,
+        "num_types": types,
     }
 
 
@@ -121,7 +124,7 @@ def build_engine(
     started = f"random weights, seed {recipe.seed}"
     if recipe.model.init_from is not None:
         with processes.agreed():
-            state, report = read_initial(recipe.model.init_from, model.config)
+            state, report = read_initial(recipe.model.init_from, model.config, recipe.model.init_tables)
         load_weights(model, state)
         started = str(report)
     model.set_activation_checkpointing(recipe.activation_checkpointing)
