@@ -286,6 +286,7 @@ def test_a_batch_that_leaves_micro_batches_empty_gets_cures_that_cure():
     assert accumulation(plan_of(8 * 10_240, fewer), 8) == 1
     assert fill_advice(plan_of(8 * 10_240, smaller), 8) is None
     assert fill_advice(plan_of(larger, 10_240), 8) is None
+    assert fill_advice(plan_of(8 * 2_000, 10_240), 8) is None  # one each: even, and nothing to gain
 
 
 def test_steps_beyond_reason_are_refused():

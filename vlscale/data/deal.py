@@ -101,7 +101,7 @@ def fill_advice(plan: Plan, world_size: int) -> str | None:
     """One line if micro-batches will be less than 95 % full though a small change would fill them, else None.
 
     For packed steps counted in tokens: their accumulation jumps by one micro-batch on every process, so a step that is
-    a little too large for g of them leaves g + 1 nearly empty.
+    a little too large for g of them leaves g + 1 nearly empty. With one micro-batch on every process nothing is lost.
     """
     settings, total = plan.settings, plan.settings.global_batch_tokens
     if settings.mode != "packed" or total is None:
@@ -109,13 +109,14 @@ def fill_advice(plan: Plan, world_size: int) -> str | None:
     bins, ceiling = world_size * accumulation(plan, world_size), settings.micro_batch_tokens
     largest = max(_largest_group(plan, name, task) for name, task in plan.pairs)
     fill = total / (bins * ceiling)
-    if fill >= 0.95:
+    if fill >= 0.95 or bins == world_size:
         return None
     smallest, fewer = -(-(total - largest) // bins) + largest, bins - world_size
-    raised = f" or {-(-(total - largest) // fewer) + largest} ({fewer} micro-batches)" if fewer else ""
+    raised = -(-(total - largest) // fewer) + largest
     return (
         f"batch: {bins} micro-batches of at most {ceiling} tokens will be {fill:.0%} full; batch.micro_batch_tokens "
-        f"{smallest} ({bins}){raised}, or batch.global_batch_tokens {bins * (ceiling - largest) + largest}, fills them"
+        f"{smallest} ({bins}) or {raised} ({fewer} micro-batches), or batch.global_batch_tokens "
+        f"{bins * (ceiling - largest) + largest}, fills them"
     )
 
 
