@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlscale.errors import VlscaleError, nearest
+from vlscale.untrusted import unique_keys
 
 MAX_BYTES = 1 << 20
 AUTO = "auto"
@@ -122,7 +123,7 @@ def read_ds_config(path: Path) -> DeepSpeedSettings:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise VlscaleError(f"{path}: more than {MAX_BYTES} bytes: this is not a DeepSpeed JSON")
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_repeats)
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except OSError as error:
         raise VlscaleError(
             f"{path}: cannot be read ({error.strerror}); give --ds_config ds_configs/NAME.json"
@@ -190,15 +191,6 @@ def find_recipe(ds_config: Path, recipes: Path) -> Path:
         f"{ds_config}: no recipe belongs to this name (<model>_<cluster>.json){nearest(ds_config.stem, known)}; "
         f"name one with --recipe (in {recipes}: {', '.join(known) or 'none'})"
     )
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise VlscaleError(f"key {key!r} stands twice; remove one")
-        found[key] = value
-    return found
 
 
 def _check_keys(path: Path, raw: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ STALE_GRADIENTS_CHECKED = ("0.19",)
 
 
 def connect(
-    accelerator: str, timeout_s: float = 1800.0, program: str = "vlscale", join_timeout_s: float = 45.0
+    accelerator: str, timeout_s: float = 1800.0, program: str = "vlscale", join_timeout_s: float = 30.0
 ) -> Processes:
     """Join the other processes of this run; a single process needs no launcher.
 

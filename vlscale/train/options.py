@@ -17,6 +17,6 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> argparse.
     parser.add_argument("--resume", default="none", metavar="auto|none|FOLDER", help="checkpoint to go on from")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds to wait for another process (%(default)s)")
-    parser.add_argument("--join_timeout", type=float, default=45, help="seconds for all to start (%(default)s)")
+    parser.add_argument("--join_timeout", type=float, default=30, help="seconds for all to start (%(default)s)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # from the launcher
     return parser.parse_args(arguments)

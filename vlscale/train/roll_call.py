@@ -26,6 +26,7 @@ COMPARED = ("torch", "deepspeed", "mosaicml-streaming", "numpy")
 """Packages that must have one version in all processes."""
 
 _PAUSE_S = 0.05
+_RETRY_S = 0.25
 _GRACE_S = 10.0
 """How long the others wait for the verdict beyond the time-out, and rank 0 for them to have read it."""
 
@@ -102,10 +103,10 @@ def _open_store(rank: int, world_size: int, timeout_s: float) -> Store:
     # torchrun keeps a store at this address itself.
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        return TCPStore(
-            address, int(port), world_size, serves, timedelta(seconds=timeout_s), wait_for_workers=False,
-            multi_tenant=True,
-        )  # fmt: skip
+        if not serves:
+            _reach(address, int(port), timeout_s)
+        reached, limit = "127.0.0.1" if serves else address, timedelta(seconds=timeout_s)
+        return TCPStore(reached, int(port), world_size, serves, limit, wait_for_workers=False, multi_tenant=True)
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         cure = "is the port taken by another run? choose another master port" if serves else (
@@ -114,6 +115,19 @@ def _open_store(rank: int, world_size: int, timeout_s: float) -> Store:
         raise VlscaleError(
             f"rank {rank} on {host_name()}: no roll call at {where} within {timeout_s:g} s ({reason[:200]}): {cure}"
         ) from None
+
+
+def _reach(address: str, port: int, seconds: float) -> None:
+    """Wait until a port answers. TCPStore by itself may pause for half a minute, and try again after its time-out."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.create_connection((address, port), timeout=max(0.1, end - time.monotonic())):
+                return
+        except OSError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(_RETRY_S)
 
 
 def _collect(store: Store, world_size: int, timeout_s: float) -> dict[int, Note]:
