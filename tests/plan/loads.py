@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlscale.config import WraSection
 from vlscale.models.uniter import UniterConfig, UniterForPretraining
 from vlscale.objectives.base import Objective
 from vlscale.objectives.itm import ImageTextMatching
 from vlscale.objectives.mlm import MaskedLanguageModeling
 from vlscale.objectives.mrm import RegionClassification, RegionClassificationKL, RegionFeatureRegression
+from vlscale.objectives.wra import WordRegionAlignment
 from vlscale.plan.activations import Load
 from vlscale.plan.measure import peak_bytes, saved_bytes
 from vlscale.ragged import RaggedBatch, cumulative
@@ -65,14 +67,14 @@ def make_batch(task: str, config: UniterConfig, examples: int, dtype: torch.dtyp
     )
 
 
-def objective(task: str) -> Objective:
-    """The objective, without word-region alignment."""
+def objective(task: str, alignment: bool = False) -> Objective:
+    """The objective; image-text matching with or without word-region alignment."""
     return {
         "mlm": lambda: MaskedLanguageModeling(None),  # type: ignore[arg-type]
         "mrfr": lambda: RegionFeatureRegression(0.15),
         "mrc": lambda: RegionClassification(0.15, name="mrc"),
         "mrckl": lambda: RegionClassificationKL(0.15),
-        "itm": lambda: ImageTextMatching(),
+        "itm": lambda: ImageTextMatching(WordRegionAlignment(WraSection(), 0, 1) if alignment else None),
     }[task]()
 
 
@@ -85,7 +87,14 @@ class Measured:
     load: Load
 
 
-def measure(task: str, config: UniterConfig, examples: int, precision: str = "fp32", policy: str = "none") -> Measured:
+def measure(
+    task: str,
+    config: UniterConfig,
+    examples: int,
+    precision: str = "fp32",
+    policy: str = "none",
+    alignment: bool = False,
+) -> Measured:
     """Run a micro-batch once for each figure."""
     dtype = DTYPES[precision]
     model = UniterForPretraining(config).to(dtype)
@@ -95,7 +104,7 @@ def measure(task: str, config: UniterConfig, examples: int, precision: str = "fp
     saved = saved_bytes(lambda: model.encode(batch), [*model.parameters(), *inputs])
 
     def step() -> None:
-        terms = objective(task).terms(model, batch)
+        terms = objective(task, alignment).terms(model, batch)
         loss = sum((term.sum * term.weight for term in terms.values()), torch.zeros(()))
         loss.backward()
 
@@ -103,4 +112,7 @@ def measure(task: str, config: UniterConfig, examples: int, precision: str = "fp
     targets = examples if positions is None else len(positions)
     masked = batch.region_mask is not None
     load = Load(task, examples * TEXT, examples * REGIONS, examples, targets, masked)
+    if alignment:
+        cells = float(examples * TEXT * REGIONS)
+        load = replace(load, cells=cells, padded_cells=cells)
     return Measured(saved, peak_bytes(step, model, inputs), load)

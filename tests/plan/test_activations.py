@@ -68,3 +68,14 @@ def test_which_layers_are_checkpointed() -> None:
     assert checkpointed("none", 3) == [False] * 3
     assert checkpointed("full", 3) == [True] * 3
     assert checkpointed("every 2", 5) == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_optimal_transport_counts(heads: int) -> None:
+    """Its rows, plans and their gradients, where little else is there."""
+    config = small(num_hidden_layers=1, intermediate_size=32, num_attention_heads=heads)
+    without, measured = measure("itm", config, 32), measure("itm", config, 32, alignment=True)
+    found = activation_bytes(config, measured.load, "fp32", cpu=True)
+    assert found.peak == pytest.approx(measured.peak, rel=0.1)
+    assert measured.peak > 1.05 * without.peak
+    assert found.peak > activation_bytes(config, without.load, "fp32", cpu=True).peak

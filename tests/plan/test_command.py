@@ -64,7 +64,7 @@ def test_json_adds_up(capsys: Capture) -> None:
     assert 0 < time["mfu"] < 0.6
     assert time["gpu_hours"] == pytest.approx(time["step_s"] * 200_000 * 8 / 3600)
     assert time["days"] == pytest.approx(time["gpu_hours"] / 8 / 24)
-    assert found["published_gpu_hours"] == {"gpu": "V100", "hours": 882.0}
+    assert found["published"] == {"gpu": "V100", "hours": 882.0, "days": 4.5}
     assert any("60% of the peak" in line for line in found["assumptions"])
     assert any("recipe's data are not here" in line for line in found["assumptions"])
     assert "NVIDIA V100 data sheet" in found["gpu_sources"]["memory_gb_s"]
@@ -76,6 +76,25 @@ def test_a_table_says_what_is_assumed(capsys: Capture) -> None:
     for words in ("optimiser states", "logits and loss", "days for 200,000 steps", "Assumed, not measured:", "fits"):
         assert words in out
     assert "change:" not in out
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "words", "hours"),
+    [("base", 8, "882 V100-hours, about 4.5 days", 882.0), ("large", 16, "3,645 V100-hours, about 10 days", 3645.0)],
+)
+def test_the_published_costs_stand_beside(capsys: Capture, name: str, gpus: int, words: str, hours: float) -> None:
+    ours = {"recipe": f"launch/recipes/uniter_{name}.yaml", "ds_config": f"ds_configs/uniter_{name}_v100.json"}
+    options: dict[str, object] = {key: ROOT / path for key, path in ours.items()}
+    reference = [
+        word
+        for value in ("mode=reference", f"reference_batches={4 * gpus}", "global_batch_tokens=null")
+        for word in ("--set", f"batch.{value}")
+    ]
+    assert plan(*reference, gpus=gpus, **options) == 0
+    assert words in " ".join(capsys.readouterr().out.split())
+    found = plan_json(capsys, *reference, gpus=gpus, **options)
+    assert found["published"]["hours"] == hours
+    assert found["time"]["gpu_hours"] < hours  # a bound from what the hardware allows
 
 
 def test_checkpointing_and_efficiency_change_what_they_should(capsys: Capture) -> None:
@@ -147,6 +166,10 @@ def test_sweep_and_plot(capsys: Capture, tmp_path: Path) -> None:
         ({"set": "batch.micro_batch_tokens=20"}, "micro_batch_tokens 20 is smaller than one example"),
         ({"matmul-efficiency": 1.5}, "above 0, up to 1"),
         ({"matmul-efficiency": "nan"}, "above 0, up to 1"),
+        ({"write": "a.yaml"}, "with --probe only"),
+        ({"gpu": "here"}, "needs --calibration"),
+        ({"calibration": "no/such.json"}, "cannot be read"),
+        ({"calibration": ROOT / "launch/recipes/demo.yaml"}, "not JSON"),
     ],
 )
 def test_mistakes_are_one_line(capsys: Capture, changes: dict[str, object], said: str) -> None:

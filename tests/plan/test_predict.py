@@ -33,7 +33,10 @@ def test_faster_gpus_and_more_of_them_take_less_time() -> None:
 
 
 def test_perfect_efficiency_without_anything_else_is_an_mfu_of_one() -> None:
-    ideal = Assumptions(matmul_efficiency=1.0, elementwise_passes=0.0, kernels_per_layer=0, optimizer_bytes=0.0)
+    ideal = Assumptions(
+        matmul_efficiency=1.0, elementwise_passes=0.0, kernels_per_layer=0, optimizer_bytes=0.0,
+        transport_efficiency=1e12,  # not among the model's FLOPs
+    )  # fmt: skip
     made = predict(replace(JOB, gpus=1), PLANNER, ideal)
     assert made.mfu == pytest.approx(1.0)
 
@@ -87,3 +90,17 @@ def test_the_published_batches_can_be_planned() -> None:
 def test_a_missing_precision_is_refused() -> None:
     with pytest.raises(VlscaleError, match="has no bf16"):
         predict(replace(JOB, zero=replace(JOB.zero, precision="bf16")), PLANNER)
+
+
+def test_optimal_transport_takes_time_by_its_iterations() -> None:
+    without = load_recipe(ROOT / "launch/recipes/uniter_large.yaml", ("objectives.wra.loss=off",))
+    more = load_recipe(ROOT / "launch/recipes/uniter_large.yaml", ("objectives.wra.iterations=5000",))
+    off, on, long = (
+        predict(replace(JOB, recipe=recipe), Planner(recipe, SOURCE)) for recipe in (without, RECIPE, more)
+    )
+    assert off.compute_s < on.compute_s < long.compute_s
+    assert on.compute_s < 1.02 * off.compute_s
+    transport = long.compute_s - on.compute_s
+    itm = next(task for task in PLANNER.tasks if task.task == "itm")
+    cells = itm.share * itm.load(itm.tokens).cells / JOB.gpus
+    assert transport == pytest.approx(cells * 7 * (5000 - 50) / (15.7e12 * 0.1), rel=1e-6)

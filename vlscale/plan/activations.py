@@ -10,7 +10,7 @@ statistics of the norms. Pre- and post-norm layers save the same.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlscale.models.uniter import UniterConfig
 
@@ -25,6 +25,8 @@ TEXT_BYTES, REGION_BYTES = 32, 68
 """Saved by the embedders: indices, boxes and statistics, bytes per position."""
 LOSS_BYTES = {"mlm": 12.0, "mrfr": 12.0, "mrc": 12.0, "mrckl": 24.0, "itm": 12.0}
 """Per element of a task's output (K x V, K x D, K x C, B x 2), all float32: most that is alive around the loss."""
+ALIGNED_ROWS = 4.0
+"""Times that the sequence's rows are there while optimal transport runs backward: rows, gradients, both laid back."""
 HEAD_H = 6.0
 """H-wide elements that a head saves per position that it looks at."""
 
@@ -39,6 +41,9 @@ class Load:
         targets: masked positions (itm: examples).
         masked_features: whether region features are copied to be masked (all tasks but itm and, unless masking is
             joint, mlm).
+        pairs: sum of squared lengths, what attention works on.
+        cells: sum of words x regions that optimal transport works on; 0 without; padded_cells: as its plan is laid out.
+        longest: positions of the longest example.
     """
 
     task: str
@@ -47,6 +52,15 @@ class Load:
     examples: float
     targets: float
     masked_features: bool
+    pairs: float = 0.0
+    cells: float = 0.0
+    padded_cells: float = 0.0
+    longest: float = 0.0
+
+    def scaled(self, factor: float) -> Load:
+        """Return a load of the same composition, ``factor`` times as large."""
+        names = ("text", "regions", "examples", "targets", "pairs", "cells", "padded_cells")
+        return replace(self, **{name: factor * getattr(self, name) for name in names})
 
     @property
     def tokens(self) -> float:
@@ -132,6 +146,18 @@ def _loss(config: UniterConfig, load: Load, width: int) -> tuple[float, float]:
     """Most bytes around the loss, and those that stay while the layers run backward (gradients of tied weights)."""
     outputs = {"mlm": config.vocab_size, "mrfr": config.feature_dim, "itm": 2}.get(load.task, config.num_classes)
     tied = {"mlm": config.vocab_size, "mrfr": config.feature_dim}.get(load.task, 0) * config.hidden_size * width
-    around = load.targets * (LOSS_BYTES[load.task] * outputs + HEAD_H * width * config.hidden_size)
-    head_backward = load.targets * ((4 + width) * outputs + HEAD_H * width * config.hidden_size) + tied
+    aligned = _alignment(config, load, width)
+    around = aligned + load.targets * (LOSS_BYTES[load.task] * outputs + HEAD_H * width * config.hidden_size)
+    head_backward = aligned + load.targets * ((4 + width) * outputs + HEAD_H * width * config.hidden_size) + tied
     return max(around, head_backward), float(tied)
+
+
+def _alignment(config: UniterConfig, load: Load, width: int) -> float:
+    """Bytes of optimal transport: rows of words and regions, the padded plans, norms, and the rows' gradients.
+
+    The cost matrix is never stored by the compiled kernels; gradients are laid back into the sequence one by one.
+    """
+    if not load.cells:
+        return 0.0
+    rows = load.tokens * config.hidden_size * width
+    return ALIGNED_ROWS * rows + 4.0 * load.padded_cells + 8.0 * load.tokens

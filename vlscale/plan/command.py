@@ -23,10 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", type=Path, metavar="FILE", required=True, help="the recipe's YAML")
     parser.add_argument("--ds_config", type=Path, metavar="FILE", required=True, help="the DeepSpeed JSON")
     parser.add_argument(
-        "--gpu", metavar="NAME", required=True,
-        help="v100-16, v100-32, a100-40, a100-80, h100, h200, or FILE.yaml of your own (vlscale/plan/gpus.yaml)",
+        "--gpu", metavar="NAME",
+        help="v100-16, v100-32, a100-40, a100-80, h100, h200, FILE.yaml of your own (vlscale/plan/gpus.yaml), or here: "
+        "the machine that --calibration was measured on",
     )  # fmt: skip
-    parser.add_argument("--gpus", metavar="N[,N]", required=True, help="number of GPUs; several with --sweep")
+    parser.add_argument("--gpus", metavar="N[,N]", help="number of GPUs; several with --sweep (--probe: default 1)")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a value of the recipe")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout: bytes, seconds, FLOPs")
     parser.add_argument("--sweep", action="store_true", help="table over ZeRO stage, accumulation, checkpointing, GPUs")
@@ -35,6 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--matmul-efficiency", type=_share, metavar="X",
         help="share of the peak that matrix products reach, if you have measured it (assumed: 0.6)",
     )  # fmt: skip
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE.json",
+        help="measured costs instead of assumed efficiencies; with --probe they are measured and written there",
+    )  # fmt: skip
+    parser.add_argument("--probe", action="store_true", help="find the largest token budget here, and measure it")
+    parser.add_argument("--write", type=Path, metavar="FILE.yaml", help="--probe: the recipe with the budget found")
+    parser.add_argument("--overwrite", action="store_true", help="--write may replace a file")
+    parser.add_argument("--memory-gib", type=_gib, metavar="X", help="memory to plan with here (default: what is free)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,12 +52,17 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         VlscaleError: an argument is wrong, a file does not fit, or the steps cannot be dealt to so many GPUs.
     """
+    if args.probe:
+        return _probe(args)
+    from vlscale.plan.probe_command import calibrated, refuse_without_probe
+
+    refuse_without_probe(args)
     numbers = _numbers(args.gpus)
     if len(numbers) > 1 and not args.sweep:
         raise VlscaleError(f"--gpus {args.gpus}: several numbers need --sweep")
     from vlscale.plan.gpus import load_gpu
 
-    gpu = load_gpu(args.gpu)
+    gpu = None if args.gpu == "here" else load_gpu(args.gpu)
     if args.plot is not None:
         from vlscale.plan.picture import check_plot
 
@@ -63,7 +77,24 @@ def run(args: argparse.Namespace) -> int:
     assumptions = Assumptions()
     if args.matmul_efficiency is not None:
         assumptions = replace(assumptions, matmul_efficiency=args.matmul_efficiency)
+    if args.calibration is not None:
+        gpu, assumptions = calibrated(args, recipe, zero, args.calibration)
+    assert gpu is not None
     return _answer(args, Job(recipe, zero, gpu, args.gpu, numbers[0]), numbers, assumptions)
+
+
+def _probe(args: argparse.Namespace) -> int:
+    for name in ("sweep", "plot", "matmul_efficiency"):
+        if getattr(args, name):
+            raise VlscaleError(f"--{name.replace('_', '-')} has no effect with --probe: drop one of them")
+    numbers = _numbers(args.gpus or "1")
+    if len(numbers) > 1:
+        raise VlscaleError(f"--gpus {args.gpus}: --probe takes one number")
+    from vlscale.config import load_recipe
+    from vlscale.plan.probe_command import run_probe
+    from vlscale.train.ds_config import read_ds_config
+
+    return run_probe(args, load_recipe(args.recipe, tuple(args.set)), read_ds_config(args.ds_config), numbers[0])
 
 
 def _answer(args: argparse.Namespace, job: Job, numbers: list[int], assumptions: Any) -> int:
@@ -115,6 +146,16 @@ def _numbers(text: str) -> list[int]:
             raise VlscaleError(f"--gpus {text}: expected a whole number from 1 to {MOST_GPUS}, or several with commas")
         found.append(int(part))
     return found
+
+
+def _gib(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1 << 20:
+        raise argparse.ArgumentTypeError(f"expected a number of GiB above 0, found {text!r}")
+    return value
 
 
 def _share(text: str) -> float:

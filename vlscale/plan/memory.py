@@ -129,11 +129,7 @@ def state_bytes(zero: Zero, parameters: int, largest: int, gpus: int) -> StateBy
         return StateBytes(weights, 0.0, width * parameters, 0.0, 8.0 * parameters, 0.0)
     if zero.whole_bf16:
         return StateBytes(weights, 0.0, (4.0 + width) * parameters, 0.0, 12 * part, 0.0)
-    # Stages 1 and 2 hand a float32 accumulator to the optimiser as it is; stage 3 copies it whatever its dtype.
-    if stage == 1 and zero.accumulation_bytes > width:
-        step_copy = 4 * part  # the owned part of the whole accumulator, made flat
-    else:
-        step_copy = 4 * part if stage == 3 or zero.accumulation_bytes < 4 or zero.precision == "fp32" else 0.0
+    step_copy = 4 * part if _copies_to_step(zero) else 0.0
     gathered = 0.0
     if stage == 3:
         live = parameters if zero.keeps_gathered(parameters) else min(parameters, largest + zero.prefetch)
@@ -142,6 +138,17 @@ def state_bytes(zero: Zero, parameters: int, largest: int, gpus: int) -> StateBy
     staged = zero.accumulation_bytes if stage == 1 else width
     buckets = staged * bucket * (2 if zero.overlap else 1) if zero.contiguous else 0
     return StateBytes(weights, gathered, gradients, step_copy, 12 * part, float(buckets))
+
+
+def _copies_to_step(zero: Zero) -> bool:
+    """Whether the gradient is copied to float32 while the optimiser steps.
+
+    Stages 1 and 2 hand a float32 accumulator over as it is, but stage 1 first makes the owned part of the whole one
+    flat; stage 3 copies whatever the dtype is.
+    """
+    if zero.stage == 1 and zero.accumulation_bytes > WIDTH_BYTES[zero.precision]:
+        return True
+    return zero.stage == 3 or zero.accumulation_bytes < 4 or zero.precision == "fp32"
 
 
 @dataclass(frozen=True)
@@ -193,6 +200,7 @@ def memory_bytes(
     loads: list[Load],
     policy: str,
     capacity: float,
+    cpu: bool = False,
 ) -> MemoryBytes:
     """Predict the memory of one GPU.
 
@@ -203,12 +211,13 @@ def memory_bytes(
         loads: the fullest micro-batch of each task.
         policy: the recipe's activation checkpointing.
         capacity: bytes of the GPU.
+        cpu: the "GPU" is a CPU, where nothing is reserved.
     """
     states = state_bytes(zero, *sizes, gpus)
-    found = [(activation_bytes(config, load, zero.precision, policy), load) for load in loads]
+    found = [(activation_bytes(config, load, zero.precision, policy, cpu), load) for load in loads]
     activations, load = max(found, key=lambda pair: pair[0].peak)
     inputs = load.regions * (WIDTH_BYTES["fp32"] * (config.feature_dim + 4)) + 8.0 * load.text
-    reserve = CONTEXT_GIB * GIB + FRAGMENTATION * activations.peak
+    reserve = 0.0 if cpu else CONTEXT_GIB * GIB + FRAGMENTATION * activations.peak
     always = states.weights + states.gradients + states.optimizer + states.buckets
     peak = always + reserve + inputs + max(states.gathered + activations.peak, states.step_copy)
     return MemoryBytes(states, activations, load.task, inputs, reserve, peak, capacity)

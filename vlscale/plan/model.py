@@ -16,3 +16,10 @@ def model_sizes(config: UniterConfig) -> tuple[int, int]:
         model = UniterForPretraining(config)
     largest = max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules())
     return sum(p.numel() for p in model.parameters()), largest
+
+
+@lru_cache(maxsize=16)
+def tensor_count(config: UniterConfig) -> int:
+    """Return the number of the model's parameters as tensors, tied weights once."""
+    with torch.device("meta"):
+        return len(list(UniterForPretraining(config).parameters()))

@@ -9,6 +9,8 @@ from vlscale.config import Recipe
 from vlscale.errors import VlscaleError
 from vlscale.models.uniter import UniterConfig
 from vlscale.plan.activations import checkpointed, layer_bytes
+from vlscale.plan.calibration import Calibration
+from vlscale.plan.costs import Costs
 from vlscale.plan.gpus import Gpu
 from vlscale.plan.memory import (
     CONTEXT_GIB,
@@ -23,8 +25,11 @@ from vlscale.plan.model import model_sizes
 from vlscale.plan.traffic import Links, Traffic, traffic_of
 from vlscale.plan.workload import ASSUMED, Planner, Workload
 
-PUBLISHED_GPU_HOURS = {"uniter_base": ("V100", 882.0), "uniter_large": ("V100", 3645.0)}
-"""Recipe -> GPU and hours that the paper states for the published run of its schedule, on padded batches."""
+PUBLISHED = {"uniter_base": ("V100", 882.0, 4.5), "uniter_large": ("V100", 3645.0, 10.0)}
+"""Recipe -> GPU, its hours, and days that the authors state for their run of its schedule, on padded batches."""
+
+TRANSPORT_FLOPS = 7
+"""Of an iteration, per word and region: one product, two sums of products, and a row's and a column's factor."""
 
 
 @dataclass(frozen=True)
@@ -35,41 +40,55 @@ class Assumptions:
         matmul_efficiency: share of the peak that matrix products reach.
         elementwise_passes: times that every saved activation goes through the GPU's memory, forward and backward.
         memory_efficiency: share of the memory's bandwidth that elementwise kernels reach.
+        transport_efficiency: share of the float32 peak that optimal transport reaches on its small plans.
         kernels_per_layer: kernels of a layer, forward and backward; kernel_launch_s: least seconds of one.
         zero3_fetch_s: seconds by which stage 3 delays a layer, in each pass, to fetch and release its weights.
         optimizer_bytes: memory traffic of the optimiser per parameter it owns, bytes.
         links: of communication.
+        measured: costs of the operations on this machine; they take the place of all of the above but stage 3's delay
+            and communication.
     """
 
     matmul_efficiency: float = 0.6
     elementwise_passes: float = 5.0
     memory_efficiency: float = 0.8
+    transport_efficiency: float = 0.1
     kernels_per_layer: int = 60
     kernel_launch_s: float = 6e-6
     zero3_fetch_s: float = 2e-4
     optimizer_bytes: float = 32.0
     links: Links = field(default_factory=Links)
+    measured: Calibration | None = None
 
     def describe(self, assumed_lengths: bool) -> list[str]:
         """Return one line per assumption."""
         links = self.links
         lines = [
-            f"matrix products reach {self.matmul_efficiency:.0%} of the peak",
-            f"every saved activation passes through memory {self.elementwise_passes:g} times, at "
-            f"{self.memory_efficiency:.0%} of the bandwidth",
-            f"{self.kernels_per_layer} kernels per layer and micro-step, each at least "
-            f"{self.kernel_launch_s * 1e6:g} microseconds",
+            *self._speeds(),
             f"ZeRO stage 3 delays each layer by {self.zero3_fetch_s * 1e6:g} microseconds per pass, for its hooks",
-            f"the optimiser moves {self.optimizer_bytes:g} bytes per parameter that a GPU owns",
             f"transfers reach {links.link_efficiency:.0%} of NVLink and {links.network_efficiency:.0%} of the network, "
             f"a hop takes {links.link_latency_s * 1e6:g} and {links.network_latency_s * 1e6:g} microseconds",
             f"{CONTEXT_GIB:g} GiB for CUDA context, cuBLAS and NCCL, and {FRAGMENTATION:.0%} of activations lost to "
             f"fragmentation",
             "activations on CUDA: measured on a CPU, with dropout masks of one byte and without the CPU's copy of the "
             "attention's output",
-            "data are always ready; evaluation, checkpoints, optimal transport and skipped steps take no time",
+            "data are always ready; evaluation, checkpoints and skipped steps take no time",
         ]
         return [*lines, ASSUMED] if assumed_lengths else lines
+
+    def _speeds(self) -> list[str]:
+        """How fast the operations are, where that is not measured."""
+        if self.measured is not None:
+            return []
+        return [
+            f"matrix products reach {self.matmul_efficiency:.0%} of the peak",
+            f"every saved activation passes through memory {self.elementwise_passes:g} times, at "
+            f"{self.memory_efficiency:.0%} of the bandwidth",
+            f"optimal transport reaches {self.transport_efficiency:.0%} of the float32 peak",
+            f"{self.kernels_per_layer} kernels per layer and micro-step, each at least "
+            f"{self.kernel_launch_s * 1e6:g} microseconds",
+            f"the optimiser moves {self.optimizer_bytes:g} bytes per parameter that a GPU owns",
+        ]
 
 
 @dataclass(frozen=True)
@@ -107,7 +126,7 @@ class Prediction:
         straggler_s: waiting for the busiest GPU; optimizer_s: the update; step_s: all of a step.
         mfu: FLOPs of a step / (step_s x GPUs x peak).
         cures: what to change where it does not fit.
-        assumptions: one line each.
+        assumptions: one line each; measured: likewise, what a calibration has measured.
     """
 
     job: Job
@@ -125,6 +144,7 @@ class Prediction:
     mfu: float
     cures: list[str]
     assumptions: list[str]
+    measured: list[str] = field(default_factory=list)
 
     @property
     def tokens_per_s(self) -> float:
@@ -144,7 +164,7 @@ class Prediction:
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain JSON types; bytes, seconds and FLOPs."""
         job, workload = self.job, self.workload
-        published = PUBLISHED_GPU_HOURS.get(job.recipe.name)
+        published = PUBLISHED.get(job.recipe.name)
         return {
             "recipe": job.recipe.name,
             "gpu": job.gpu_name,
@@ -177,8 +197,9 @@ class Prediction:
                 "days": self.days,
                 "gpu_hours": self.gpu_hours,
             },
-            "published_gpu_hours": None if published is None else {"gpu": published[0], "hours": published[1]},
+            "published": None if published is None else dict(zip(("gpu", "hours", "days"), published, strict=True)),
             "cures": self.cures,
+            "measured": self.measured,
             "assumptions": self.assumptions,
         }
 
@@ -219,13 +240,14 @@ def predict(job: Job, planner: Planner, assumptions: Assumptions | None = None) 
         assumptions.links,
     )  # fmt: skip
     owned = sizes[0] / (job.gpus if zero.stage else 1)
-    update = owned * assumptions.optimizer_bytes / (gpu.memory_gb_s * 1e9 * assumptions.memory_efficiency)
+    update = update_seconds(config, owned, job, assumptions)
     step = busiest + traffic.exposed_s + update
     flops, tokens = workload.mean("flops"), workload.mean("tokens")
     return Prediction(
         job, sizes[0], workload, memory, traffic, flops, flops / tokens, compute, recompute, busiest - compute, update,
         step, flops / (step * job.gpus * peak),
         cures(memory_of, zero, job.checkpointing, job.gpus, workload.most), assumptions.describe(workload.assumed),
+        [] if assumptions.measured is None else assumptions.measured.describe(),
     )  # fmt: skip
 
 
@@ -243,6 +265,8 @@ def compute_seconds(
         assumptions: efficiencies.
         load: tokens of the GPU / mean over GPUs.
     """
+    if assumptions.measured is not None:
+        return measured_seconds(config, workload, job, assumptions, load)
     share = load / job.gpus
     tokens = workload.mean("tokens") * share
     layers = config.num_hidden_layers
@@ -253,7 +277,38 @@ def compute_seconds(
     encoder = workload.mean("encoder_flops") * share / (peak * assumptions.matmul_efficiency)
     forward = (encoder + elementwise) / 3
     launches = workload.accumulation * assumptions.kernels_per_layer * assumptions.kernel_launch_s * layers
+    transport = transport_flops(config, workload, job.recipe) * share
     once = max(products + elementwise, launches)
+    once += transport / (job.gpu.fp32_tflops * 1e12 * assumptions.transport_efficiency)
     recompute = again * max(forward, launches / 3)
     hooks = 2 * assumptions.zero3_fetch_s * layers * workload.accumulation if job.zero.stage == 3 else 0.0
     return once + recompute + hooks, recompute
+
+
+def measured_seconds(
+    config: UniterConfig, workload: Workload, job: Job, assumptions: Assumptions, load: float
+) -> tuple[float, float]:
+    """Return what :func:`compute_seconds` does, from the measured costs of the operations."""
+    assert assumptions.measured is not None
+    costs, parameters = Costs(assumptions.measured, config, job.recipe), model_sizes(config)[0]
+    total = recomputed = 0.0
+    for task in workload.tasks:
+        tokens = task.tokens * load / (job.gpus * workload.accumulation)
+        step = costs.micro_step(task.load(tokens), job.checkpointing, parameters)
+        total += task.share * workload.accumulation * step.total
+        recomputed += task.share * workload.accumulation * step.recomputed
+    hooks = 2 * assumptions.zero3_fetch_s * config.num_hidden_layers * workload.accumulation
+    return total + (hooks if job.zero.stage == 3 else 0.0), recomputed
+
+
+def update_seconds(config: UniterConfig, owned: float, job: Job, assumptions: Assumptions) -> float:
+    """Return seconds of the optimiser on the parameters that one GPU owns."""
+    if assumptions.measured is not None:
+        return Costs(assumptions.measured, config, job.recipe).update(owned)
+    return owned * assumptions.optimizer_bytes / (job.gpu.memory_gb_s * 1e9 * assumptions.memory_efficiency)
+
+
+def transport_flops(config: UniterConfig, workload: Workload, recipe: Recipe) -> float:
+    """Return the FLOPs of optimal transport in a mean step: the costs and their gradients, and the iterations."""
+    cells = sum(task.share * task.load(task.tokens).cells for task in workload.tasks)
+    return float(cells * (6 * config.hidden_size + TRANSPORT_FLOPS * recipe.objectives.wra.iterations))

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlscale.plan.memory import GIB
-from vlscale.plan.predict import PUBLISHED_GPU_HOURS, Prediction
+from vlscale.plan.predict import PUBLISHED, Prediction
 from vlscale.plan.sweep import Point, best
 
 
@@ -26,11 +26,18 @@ def show(made: Prediction, console: Console) -> None:
     console.print(_time_table(made))
     for cure in made.cures:
         console.print(Text(f"does not fit; change: {cure}"))
-    published = PUBLISHED_GPU_HOURS.get(job.recipe.name)
+    published = PUBLISHED.get(job.recipe.name)
     if published is not None:
         console.print(
-            Text(f"published: {published[1]:,.0f} {published[0]}-hours for this schedule, by the authors' program")
+            Text(
+                f"published: {published[1]:,.0f} {published[0]}-hours, about {published[2]:g} days, for this schedule "
+                f"by the authors' program"
+            )
         )
+    if made.measured:
+        console.print(Text("Measured by --probe:", style="dim"))
+        for line in made.measured:
+            console.print(Text(f"  {line}", style="dim"))
     show_assumptions(made.assumptions, console)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,11 +105,7 @@ class TaskWork:
 
     def load(self, tokens: float) -> Load:
         """Return a micro-batch of so many tokens, composed like a step."""
-        step, scale = self.step, tokens / self.step.tokens
-        return Load(
-            self.task, step.text * scale, step.regions * scale, step.examples * scale, step.targets * scale,
-            step.masked_features,
-        )  # fmt: skip
+        return self.step.scaled(tokens / self.step.tokens)
 
 
 @dataclass(frozen=True)
@@ -180,6 +176,12 @@ class Planner:
         )
         return TaskWork(task, share, tokens, examples, flops, encoder, parts[0][1])
 
+    def example_step(self, task: str) -> tuple[str, Step]:
+        """Return a step of ``task``, and the dataset it is from: that with the largest share."""
+        shares = zip(self.plan.pairs, self.plan.shares, strict=True)
+        _, dataset = max((float(share), name) for (name, of), share in shares if of == task)
+        return dataset, self._step_of(dataset, task)
+
     def _step_of(self, dataset: str, task: str) -> Step:
         """One step of this dataset and task."""
         for step in self._steps:
@@ -226,10 +228,7 @@ def shape_of(step: Step, lengths: DatasetLengths, recipe: Recipe, config: Uniter
     objectives, task = recipe.objectives, step.task
     masked: dict[str, int] = {}
     if task == "mlm":
-        chance = objectives.mlm.probability
-        if objectives.mlm.content_probability is not None:  # assumed: every second word piece is content
-            chance = (chance + objectives.mlm.content_probability) / 2
-        masked["token_positions"] = _expected(text - SPECIALS, chance)
+        masked["token_positions"] = _expected(text - SPECIALS, masking_chance(recipe))
     elif task != "itm":
         masked["region_positions"] = _expected(regions[regions > 0], objectives.mrm.probability)
     targets = {name: torch.empty(count, device="meta") for name, count in masked.items()}
@@ -240,7 +239,32 @@ def shape_of(step: Step, lengths: DatasetLengths, recipe: Recipe, config: Uniter
     batch = _empty_batch(task, step.dataset, text, regions, config.feature_dim, targets)
     count = next(iter(masked.values()), len(step))
     copied = task != "itm" and (task != "mlm" or objectives.masking == "joint")
-    return batch, Load(task, float(text.sum()), float(regions.sum()), float(len(step)), float(count), copied)
+    pairs = float(np.square(text + regions).sum())
+    load = Load(task, float(text.sum()), float(regions.sum()), float(len(step)), float(count), copied, pairs)
+    load = replace(load, longest=float((text + regions).max()))
+    if task == "itm" and objectives.wra.loss != "off":
+        words = text if objectives.wra.tokens == "all" else text - SPECIALS
+        padded = float(len(step)) * float(text.max()) * float(regions.max())
+        load = replace(load, cells=float((words * regions).sum()), padded_cells=padded)
+    return batch, load
+
+
+def least_ceiling(plan: Plan) -> int:
+    """Return the least ``batch.micro_batch_tokens`` that holds the largest group of every task."""
+    padded = plan.settings.mode == "padded"
+    found = 0
+    for name, task in plan.pairs:
+        group, source = plan.settings.group_of(task), plan.sources[name]
+        found = max(found, group * source.heaviest(task, 1) if padded else source.heaviest(task, group))
+    return found
+
+
+def masking_chance(recipe: Recipe) -> float:
+    """Return the chance that a word piece is masked; every second one is assumed to be a content word."""
+    section = recipe.objectives.mlm
+    if section.content_probability is None:
+        return section.probability
+    return (section.probability + section.content_probability) / 2
 
 
 def encoder_flops(config: UniterConfig, batch: RaggedBatch) -> float:
@@ -278,3 +302,8 @@ def _empty_batch(
         region_rows=torch.empty(rows, device=meta),
         targets=targets,
     )
+
+
+def with_model(config: UniterConfig, **changes: Any) -> UniterConfig:
+    """Return a model's configuration with other sizes."""
+    return UniterConfig.model_validate({**config.model_dump(), **changes})
