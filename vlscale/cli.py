@@ -19,6 +19,7 @@ from vlscale.errors import VlscaleError, nearest, one_line_errors
 COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("vlscale.convert.command", "checkpoints of UNITER, BERT, DeepSpeed and others, in and out"),
     "doctor": ("vlscale.doctor", "is this host, or every host of a run, fit to train; what to do where not"),
+    "launch": ("vlscale.cluster.command", "run a script on the hosts of a hostfile: checked first, watched to the end"),
     "plan": ("vlscale.plan.command", "memory, time and cost of a recipe on so many GPUs, before it is run"),
     "inspect": ("vlscale.report.inspect", "what a dataset or a store holds; damage; what a plan makes of it"),
 }
