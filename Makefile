@@ -8,10 +8,10 @@ RUN := PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 DEMO := runs/demo
 PROCESSES ?= 2
 
-.PHONY: help check install demo test cluster-test lint bench clean
+.PHONY: help check install demo test test-long cluster-test lint bench clean
 help:
 	@echo "make demo    build the small corpus, pre-train UNITER on it, show what it learnt (2 cores, 20 minutes at most)"
-	@echo "make test    all tests, as CI runs them"
+	@echo "make test    all tests but the long ones; make test-long runs those"
 	@echo "make cluster-test    a real Slurm, and two hosts over real ssh, on this machine (root, Debian)"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   measurements, each beside its rival"
@@ -40,8 +40,12 @@ demo: install $(DEMO)/data/manifest.json
 	$(RUN) OMP_NUM_THREADS=$(PROCESSES) $(BIN)/python launch/evaluate.py --run $(DEMO)
 
 test: install
-	$(RUN) $(BIN)/python -m pytest -n 2 -m "not multiprocess and not alone and not gpu and not cluster"
-	$(RUN) $(BIN)/python -m pytest -m "(multiprocess or alone) and not gpu and not cluster"
+	$(RUN) $(BIN)/python -m pytest -n 2 -m "not multiprocess and not alone and not long and not gpu and not cluster"
+	$(RUN) $(BIN)/python -m pytest -m "(multiprocess or alone) and not long and not gpu and not cluster"
+
+test-long: install
+	$(RUN) $(BIN)/python -m pytest -n 2 -m "long and not multiprocess and not gpu"
+	$(RUN) $(BIN)/python -m pytest -m "long and multiprocess and not gpu"
 
 cluster-test: install
 	$(RUN) $(BIN)/python -m pytest -m cluster tests/cluster

@@ -49,7 +49,7 @@ def test_the_largest_tile_compiles_ahead_of_time(monkeypatch, architecture, beta
         check_that_it_fits(launch, architecture)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("architecture", "sizes", "dtypes"),
     [(80, SIZES, DTYPES), (90, SIZES, DTYPES), (86, LARGEST, DTYPES), (120, LARGEST, DTYPES), (100, SIZES, DTYPES[:1])],

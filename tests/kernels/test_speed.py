@@ -29,7 +29,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_ipot_forward_and_backward_against_the_eager_loop():
     why = backends.problem("cpu", torch.device("cpu"))
     if why:
@@ -37,7 +37,7 @@ def test_ipot_forward_and_backward_against_the_eager_loop():
     assert ratio((96, 20, 36, 768)) >= 2.5
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("hidden", "names"),
     [

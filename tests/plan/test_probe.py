@@ -61,6 +61,7 @@ def predicted_s(recipe: Recipe, calibration: Calibration) -> float:
     return made.step_s
 
 
+@pytest.mark.alone
 def test_step_time_is_within_15_percent_of_measured() -> None:
     """Calibrated on the demo; other work on the machine can only add, so the least times of some turns count."""
     calibrator = Calibrator(demo(), read_source(demo()), ZERO, CPU)
