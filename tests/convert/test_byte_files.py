@@ -1,4 +1,4 @@
-"""Ranges of files, fresh files and strict JSON, where the formats' own tests do not reach."""
+"""Ranges of files and fresh files, where the formats' own tests do not reach."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.convert.hostile import refused
-from vlscale.convert.byte_files import ByteFile, FreshFiles, is_file_name, shown, strict_json, write_tensor
+from vlscale.convert.byte_files import ByteFile, FreshFiles, write_tensor
 from vlscale.convert.source import TensorInfo, check_tensor
 
 INFO = TensorInfo(torch.float32, (2, 3))
@@ -56,22 +56,6 @@ def test_empty_tensor_of_absurd_sides_is_refused():
     with refused("at most 8 sides"):
         check_tensor("x", torch.float32, (0, 1 << 62), 0)
     assert check_tensor("x", torch.float32, (0, 1 << 40), 0).nbytes == 0
-
-
-@pytest.mark.parametrize("name", ["a", "word_embedding", "@LR@", "a b", "é", "a" * 255])
-def test_file_names(name):
-    assert is_file_name(name)
-
-
-@pytest.mark.parametrize("name", ["", ".", "..", ".a", "a/b", "/a", "a\\b", "c:a", "a\0", "a\n", "é" * 128, "a" * 256])
-def test_no_file_names(name):
-    assert not is_file_name(name)
-
-
-def test_shown_is_one_short_line():
-    assert shown("a\n\x1b\ud800é") == r"'a\n\x1b\ud800\xe9'"
-    assert len(shown("\x00" * 5000)) < 500
-    assert shown(b"\xff\0") == r"'\xff\x00'"
 
 
 def test_strided_view_is_copied_in_pieces(monkeypatch):
@@ -122,12 +106,3 @@ def test_fresh_files_are_removed_on_interrupt(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert os.listdir(tmp_path) == []
-
-
-def test_json_is_counted_while_it_is_parsed():
-    assert strict_json("x", b'{"a": {"b": [1, 2]}}', 2) == {"a": {"b": [1, 2]}}
-    with refused("more than 1 objects"):
-        strict_json("x", b'{"a": {"b": [1, 2]}}', 1)
-    for text in (b'{"a": Infinity}', b'{"a": -Infinity}', b"[NaN]"):
-        with refused("which is no JSON"):
-            strict_json("x", text, 9)

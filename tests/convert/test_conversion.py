@@ -167,7 +167,7 @@ def test_shards_load(tmp_path):
     assert verify(tmp_path / "sharded", golden_folder() / "pretrain.pt").same
     index = tmp_path / "sharded/model.safetensors.index.json"
     index.write_text(index.read_text().replace("model-00001", "../model-00001"))
-    with pytest.raises(VlscaleError, match=r"does not name \.safetensors files of this folder"):
+    with pytest.raises(VlscaleError, match=r"expected a \.safetensors file of this folder"):
         UniterForPretraining.from_pretrained(tmp_path / "sharded")
 
 

@@ -306,7 +306,7 @@ def test_more_variables_than_a_model_has_are_refused(tmp_path, monkeypatch, form
     else:
         path = _tar(tmp_path / "x", files)
     assert len(open_source(path).tensors) == 11
-    monkeypatch.setattr("vlscale.convert.source.MOST_TENSORS", 10)
+    monkeypatch.setattr("vlscale.untrusted.MOST_TENSORS", 10)
     with refused(path, "more than 10 tensors"):
         open_source(path)
 

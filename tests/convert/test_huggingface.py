@@ -248,7 +248,7 @@ def test_any_configuration_is_read_or_refused(change):
         ({"weight_map": {"a": "a\\b.bin"}}, "expected a .bin file of this folder"),
         ({"weight_map": {"a": "config.json"}}, "expected a .bin file of this folder"),
         ({"weight_map": {"a": ["x.bin"]}}, "expected a .bin file of this folder"),
-        ({"weight_map": {"a\nb": 3}}, "expected a .bin file of this folder"),
+        ({"weight_map": {"a\nb": "a.bin"}}, "is no name of a tensor"),
         ({"weight_map": {}}, "no weight_map"),
         ([], "no weight_map"),
         ({"weight_map": {"a": "missing.bin"}}, r"missing\.bin"),

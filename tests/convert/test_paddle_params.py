@@ -179,7 +179,7 @@ def test_payloads_do_not_run(tmp_path, protocol, attack, place):
     }[place]
     path = save(value, tmp_path / "a.pdparams", protocol)
     message = refused(path)
-    assert "nothing was run" in message or "none of plain numbers" in message
+    assert "nothing was run" in message or "expected plain numbers" in message
     assert not marker.exists()
     pickle.loads(path.read_bytes())
     assert marker.exists()  # the payload is a real one
@@ -209,8 +209,8 @@ class Array:
         ({"x": Array(shape=("2",))}, "absurd shape"),
         ({"x": Array(data=[1.0, 2.0])}, "without bytes"),
         ({"x": Array(dtype="f8")}, "without a dtype"),
-        ({"x": np.array(["a"])}, "none of plain numbers"),
-        ({"x": np.zeros(2, "f4,i4")}, "none of plain numbers"),
+        ({"x": np.array(["a"])}, "expected plain numbers"),
+        ({"x": np.zeros(2, "f4,i4")}, "expected plain numbers"),
         ({"x": np.zeros(2, "uint32")}, "dtypes"),
         ({"x": np.array([3], "uint8").view("bool")}, "boolean 3"),
         ({"x\n": np.zeros(2)}, "sane name"),

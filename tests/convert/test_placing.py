@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +101,79 @@ def test_an_interrupted_exchange_leaves_the_old_result(error, published, tmp_pat
     monkeypatch.undo()
     assert (target / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "ours", "uniter.pt"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from vlscale.convert import placing
+from vlscale.convert.conversion import Wish, convert
+name, count = sys.argv[3], int(sys.argv[4])
+honest, calls = getattr(os, name), []
+def killing(*arguments):
+    calls.append(arguments)
+    if len(calls) > count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return honest(*arguments)
+setattr(os, name, killing)
+convert(Wish(Path(sys.argv[1]), Path(sys.argv[2]), overwrite=True))
+"""
+
+
+def killed(source, target, name, count):
+    """Convert in a process that is killed at its call number ``count`` + 1 of a function of :mod:`os`."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", KILLED, str(source), str(target), name, str(count)]
+    assert subprocess.run(command, env=environment, timeout=300).returncode == -signal.SIGKILL
+
+
+def leftovers(folder):
+    return sorted(folder.glob(".vlscale-convert-*"))
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next_to_the_same_target(published, tmp_path):
+    killed(published, tmp_path / "ours", "fsync", 0)
+    (left,) = leftovers(tmp_path)
+    assert not (tmp_path / "ours").exists()
+    assert (left / "new" / "ours" / "model.safetensors").is_file()
+    convert(Wish(published, tmp_path / "other"))
+    assert leftovers(tmp_path) == [left]
+    convert(Wish(published, tmp_path / "ours"))
+    assert leftovers(tmp_path) == []
+
+
+def test_the_only_copy_of_the_former_result_stays(published, tmp_path):
+    target = tmp_path / "ours"
+    convert(Wish(published, target))
+    killed(published, target, "rename", 1)
+    (left,) = leftovers(tmp_path)
+    convert(Wish(published, tmp_path / "other"))
+    with placing.workplace(target):
+        assert verify(left / "former", published).same
+        assert verify(left / "new" / "ours", published).same
+    convert(Wish(published, target))
+    assert leftovers(tmp_path) == [left]
+    convert(Wish(published, target, overwrite=True))
+    assert leftovers(tmp_path) == []
+
+
+def test_a_workplace_in_use_stays(tmp_path):
+    with placing.workplace(tmp_path / "ours") as first:
+        with placing.workplace(tmp_path / "ours") as second:
+            assert first.parent.is_dir()
+            assert first != second
+        assert leftovers(tmp_path) == [first.parents[1]]
+        alien = first.parents[1].with_name(f"{first.parents[1].name}-link")
+        alien.symlink_to(tmp_path)
+    with placing.workplace(tmp_path / "ours"):
+        assert alien.is_symlink()
+
+
+@pytest.mark.parametrize("name", ["old", "new", "former"])
+def test_no_name_of_a_target_meets_one_of_the_workplace(name, published, tmp_path):
+    convert(Wish(published, tmp_path / name))
+    convert(Wish(published, tmp_path / name, dtype="bf16", overwrite=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["config.json", name, "uniter.pt"])
 
 
 def test_reports_replace_nothing_but_reports(published, tmp_path, capsys):

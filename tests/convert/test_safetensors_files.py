@@ -224,7 +224,7 @@ def test_index_and_shards_must_agree(tmp_path):
         ("[]", "has no weight_map"),
         ("{}", "has no weight_map"),
         ('{"weight_map":{}}', "has no weight_map"),
-        ('{"weight_map":{"a":"x.safetensors","a":"x.safetensors"}}', "'a' twice"),
+        ('{"weight_map":{"a":"x.safetensors","a":"x.safetensors"}}', "key 'a' stands twice"),
         ('{"weight_map":{"__metadata__":"x.safetensors"}}', "no name of a tensor"),
         ('{"weight_map":{"a":"x.safetensors"},"metadata":[]}', "metadata is no object"),
         ('{"weight_map":', "not valid JSON"),

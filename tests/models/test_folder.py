@@ -108,3 +108,49 @@ def test_an_extra_tensor_is_refused(saved):
     save_file({**state, "extra.weight": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(VlscaleError, match=r"1 unexpected: extra\.weight"):
         UniterForPretraining.from_pretrained(folder)
+
+
+@pytest.fixture
+def sharded(saved):
+    """The saved folder with its weights in two shards; returns model, folder and file -> its tensors."""
+    model, folder = saved
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(state)
+    parts = {f"model-{i}.safetensors": {name: state[name] for name in names[i::2]} for i in range(2)}
+    for file, part in parts.items():
+        save_file(part, folder / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return model, folder, parts
+
+
+def test_shards_are_read(sharded):
+    model, folder, _ = sharded
+    loaded = UniterForPretraining.from_pretrained(folder).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_tensor_in_another_shard_than_the_index_says_is_refused(sharded):
+    """All names are there and fit, but the shards are not those of this index."""
+    _, folder, parts = sharded
+    (first, one), (second, other) = parts.items()
+    moved = next(iter(one))
+    save_file({**other, moved: one[moved] + 1}, folder / second)  # a stale copy, which would win
+    with pytest.raises(VlscaleError, match=rf"{second}: holds '{moved}', which does not stand there by .*index\.json"):
+        UniterForPretraining.from_pretrained(folder)
+    save_file({name: tensor for name, tensor in one.items() if name != moved}, folder / first)
+    with pytest.raises(VlscaleError, match=rf"{first}: lacks '{moved}', which stands there by .*index\.json"):
+        UniterForPretraining.from_pretrained(folder)
+
+
+def test_both_forms_of_weights_are_refused_and_saving_leaves_one(sharded):
+    model, folder, _ = sharded
+    save_file(dict(model.state_dict()), folder / "model.safetensors")
+    with pytest.raises(VlscaleError, match=r"holds both of model\.safetensors\.index\.json and model\.safetensors"):
+        UniterForPretraining.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    other = tiny_model(seed=5, norm="pre")
+    other.save_pretrained(folder)
+    loaded = UniterForPretraining.from_pretrained(folder)
+    assert torch.equal(loaded.pooler.dense.weight, other.pooler.dense.weight)

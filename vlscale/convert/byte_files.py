@@ -1,4 +1,4 @@
-"""What the readers and writers of raw tensors share: ranges of a file that must not change, fresh files, strict JSON.
+"""What the readers and writers of raw tensors share: ranges of a file that must not change, fresh files.
 
 Ranges are read into memory of their own and not mapped: a mapped file that is truncated meanwhile kills the process.
 """
@@ -6,7 +6,6 @@ Ranges are read into memory of their own and not mapped: a mapped file that is t
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,32 +16,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from vlscale.convert.source import MOST_TENSORS, TensorInfo
+from vlscale.convert.source import TensorInfo
 from vlscale.errors import VlscaleError
 
-MOST_NAME = 1024
-"""Characters of a tensor's name or of a path in an archive."""
-_MOST_COMMAS = 16 * MOST_TENSORS
 _PIECE = 1 << 24
 Stamp = tuple[int, int, int]
 """Size, time of change (ns) and inode: what tells that a file is still the one that was opened."""
-
-
-def shown(name: str | bytes) -> str:
-    """Return a name from a file as it may stand in a message: quoted, escaped, on one line, not endless."""
-    text = name if isinstance(name, str) else name.decode("latin-1")
-    return ascii(text if len(text) <= 120 else text[:120] + "...")
-
-
-def is_sane_name(name: str) -> bool:
-    """Say whether a tensor's name is printable Unicode of bounded length (so no lone surrogates, no line ends)."""
-    return 0 < len(name) <= MOST_NAME and name.isprintable()
-
-
-def is_file_name(name: str) -> bool:
-    """Say whether a name stands for a file of the folder itself: no path, nothing hidden, at most 255 bytes."""
-    plain = is_sane_name(name) and not set(name) & set("/\\:") and not name.startswith(".")
-    return plain and len(name.encode()) <= 255
 
 
 class ByteFile:
@@ -233,40 +212,3 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
     rows = max(1, _PIECE // (tensor[0].numel() * tensor.dtype.itemsize))
     for first in range(0, tensor.shape[0], rows):
         yield tensor[first : first + rows].contiguous()
-
-
-def strict_json(where: str, raw: bytes, objects: int) -> Any:
-    """Parse UTF-8 JSON of a stranger: no key twice, no NaN, and the number of its parts bounded before they are made.
-
-    Args:
-        where: named in errors.
-        raw: the text, of a length that the caller has bounded.
-        objects: how many ``{...}`` it may hold at most.
-
-    Raises:
-        VlscaleError: any of these, or no JSON.
-    """
-    # Lists have no hook that could count; a part of a list costs a comma.
-    if raw.count(b",") > _MOST_COMMAS:
-        raise VlscaleError(f"{where}: has more than {_MOST_COMMAS} parts; this is no checkpoint of such a model")
-    made = 0
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        nonlocal made
-        made += 1
-        if made > objects:
-            raise VlscaleError(f"{where}: has more than {objects} objects; this is no checkpoint of such a model")
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise VlscaleError(f"{where}: has the key {shown(key)} twice; the file is damaged or hostile")
-            found[key] = value
-        return found
-
-    def constant(text: str) -> None:
-        raise VlscaleError(f"{where}: holds {text}, which is no JSON; the file is damaged")
-
-    try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or an integer of 5,000 digits
-        raise VlscaleError(f"{where}: not valid JSON ({error}); the file is damaged, fetch it again") from None

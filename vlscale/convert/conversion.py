@@ -5,7 +5,6 @@ Nothing is written before every name and shape has been checked; the result appe
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from vlscale.convert import uniter
 from vlscale.convert.layouts import STATE_DICT
 from vlscale.convert.mapped import DTYPES, Mapped, as_it_is
 from vlscale.convert.opening import Opened, open_checkpoint
-from vlscale.convert.placing import check_apart, check_target, put_in_place
+from vlscale.convert.placing import check_apart, check_target, put_in_place, workplace
 from vlscale.convert.report import Report, digests
 from vlscale.convert.source import TensorSource
 from vlscale.convert.steps import matching, problems_of
@@ -158,10 +157,8 @@ def _refuse(report: Report, wish: Wish) -> None:
 
 def _write(target: Target, result: Mapped, config: UniterConfig | None, report: Report, wish: Wish) -> None:
     """Write into a folder of its own beside the target, then put it in place."""
-    parent = wish.target.absolute().parent
     try:
-        with tempfile.TemporaryDirectory(prefix=".vlscale-convert-", dir=parent) as name:
-            beside = Path(name) / wish.target.name
+        with workplace(wish.target) as beside:
             target.write(beside, result, config, report)
             written = sorted(path for path in beside.rglob("*") if path.is_file()) if beside.is_dir() else [beside]
             if wish.hashed:
@@ -173,4 +170,4 @@ def _write(target: Target, result: Mapped, config: UniterConfig | None, report: 
             f"{wish.target}: cannot be written ({error.strerror or error}); check its folder, its name and the space"
         ) from None
     except VlscaleError as error:  # of a writer, which knows the folder beside only
-        raise type(error)(str(error).replace(f"{name}/", f"{parent}/")) from None
+        raise type(error)(str(error).replace(f"{beside.parent}/", f"{wish.target.absolute().parent}/")) from None

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlscale.convert.byte_files import ByteFile, is_sane_name, shown
-from vlscale.convert.source import TensorInfo, check_count
+from vlscale.convert.byte_files import ByteFile
+from vlscale.convert.source import TensorInfo
 from vlscale.convert.torch_files import StoredTensor, TorchFile
 from vlscale.convert.zero_folders import MODEL_FILE, RANK_FILE, candidates, choose, is_checkpoint, is_universal, listed
 from vlscale.convert.zero_layout import (
@@ -41,6 +41,7 @@ from vlscale.convert.zero_layout import (
 )
 from vlscale.errors import VlscaleError
 from vlscale.train.checkpoint import MANIFEST, Manifest
+from vlscale.untrusted import check_count, is_sane_name, shown
 
 FORMAT = "deepspeed"
 _OPEN_FILES = 64

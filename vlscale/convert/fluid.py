@@ -17,18 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from vlscale.convert.byte_files import (
-    ByteFile,
-    FreshFiles,
-    Stamp,
-    is_file_name,
-    is_sane_name,
-    shown,
-    strict_json,
-    write_tensor,
-)
+from vlscale.convert.byte_files import ByteFile, FreshFiles, Stamp, write_tensor
 from vlscale.convert.lod_tensor import Record, read_record, record_head, starts_record
-from vlscale.convert.source import TensorInfo, check_count
+from vlscale.convert.source import TensorInfo
 from vlscale.convert.tar_members import (
     BLOCK,
     MOST_UNPACKED,
@@ -41,6 +32,7 @@ from vlscale.convert.tar_members import (
     walk_members,
 )
 from vlscale.errors import VlscaleError
+from vlscale.untrusted import check_count, is_file_name, is_sane_name, shown, strict_json
 
 FORMAT = "fluid"
 MOST_LOD_NUMBERS = 1_000_000

@@ -17,12 +17,13 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from vlscale.convert.byte_files import ByteFile, is_file_name, shown, strict_json
-from vlscale.convert.source import TensorInfo, TensorSource, check_count
+from vlscale.convert.source import TensorInfo, TensorSource
 from vlscale.data.schema import Vocabulary
 from vlscale.errors import VlscaleError
 from vlscale.hashing import file_digest
 from vlscale.models.folder import CONFIG_FILE, read_json
+from vlscale.models.shards import read_index
+from vlscale.untrusted import check_count, shown
 
 KINDS = ("bert", "roberta")
 """Values of ``model_type`` that are read."""
@@ -37,8 +38,6 @@ VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
 """Files that decide the ids of a text, most telling first (``vocab.json`` needs ``merges.txt`` beside it)."""
 _BESIDE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _LICENCE = re.compile(r"^licen[sc]e:[ \t]*['\"]?([\w.+-]{1,64})['\"]?[ \t]*$", re.MULTILINE)
-_MOST_INDEX = 100_000_000
-_MOST_SHARDS = 1000
 _MOST_VOCABULARY = 64 << 20
 _MOST_README = 1 << 16
 _SIZES = {
@@ -279,13 +278,10 @@ def _open_weights(folder: Path, form: str, stack: ExitStack) -> tuple[list[Tenso
     if not form.endswith(".index.json"):
         return [stack.enter_context(_open_pickled(folder / form))], []
     parts: list[TensorSource] = []
-    for shard, names in _pickled_shards(folder / form).items():
-        part = stack.enter_context(_open_pickled(folder / shard))
-        if set(part.tensors) != names:
-            odd = shown(min(set(part.tensors) ^ names))
-            raise VlscaleError(
-                f"{folder / shard}: {odd} stands in it or in {form} alone; fetch all files of one release"
-            )
+    index = read_index(folder / form, ".bin")
+    for shard in index.files:
+        part = stack.enter_context(_open_pickled(shard))
+        index.check_shard(shard, part.tensors)
         parts.append(part)
     return parts, [folder / form]
 
@@ -294,25 +290,3 @@ def _open_pickled(path: Path) -> TensorSource:
     from vlscale.convert import torch_files
 
     return cast(TensorSource, torch_files.open_source(path))
-
-
-def _pickled_shards(index: Path) -> dict[str, set[str]]:
-    """Return file -> names of its tensors, from an index; only files of the folder itself."""
-    with ByteFile(index) as file:
-        if file.size > _MOST_INDEX:
-            raise VlscaleError(f"{index}: has {file.size} bytes, expected at most {_MOST_INDEX}; this is no index")
-        found = strict_json(str(index), file.read(str(index), 0, file.size), 100)
-    shard_of = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(shard_of, dict) or not shard_of:
-        raise VlscaleError(f"{index}: has no weight_map of tensor names to files; fetch it again")
-    check_count(index, len(shard_of))
-    names_of: dict[str, set[str]] = {}
-    for name, shard in shard_of.items():
-        if not isinstance(shard, str) or not is_file_name(shard) or not shard.endswith(".bin"):
-            raise VlscaleError(
-                f"{index}: puts {shown(name)} into {shown(str(shard))}, expected a .bin file of this folder"
-            )
-        names_of.setdefault(shard, set()).add(name)
-    if len(names_of) > _MOST_SHARDS:
-        raise VlscaleError(f"{index}: names {len(names_of)} shards, expected at most {_MOST_SHARDS}; join them first")
-    return names_of

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from vlscale.convert.byte_files import shown
 from vlscale.convert.source import TensorInfo, TensorSource
 from vlscale.convert.steps import KeyPlan, Step
 from vlscale.errors import VlscaleError
+from vlscale.untrusted import shown
 
 _PIECE = 1 << 20
 """Elements that are cast and looked at together."""

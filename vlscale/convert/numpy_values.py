@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vlscale.convert.pickle_calls import Blob, Leaf, NameKey
+from vlscale.convert.pickle_calls import Blob, Leaf, NameKey, show
 
 _LETTERS = frozenset({"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16"})
 
@@ -17,8 +17,8 @@ class NumpyDtype(Leaf):
     """A dtype of plain numbers: ``letters`` such as ``f4``, and its byte ``order`` once the state is known."""
 
     def __init__(self, letters: Any, *flags: Any) -> None:
-        if type(letters) is not str or letters not in _LETTERS or any(type(flag) is not bool for flag in flags):
-            raise ValueError("a dtype that is none of plain numbers")
+        if type(letters) is not str or letters not in _LETTERS or any(flag not in (0, 1) for flag in flags):
+            raise ValueError(f"the dtype {show(letters)}, expected plain numbers")
         self.letters, self.order = letters, "<"
 
     def build(self, state: Any) -> None:
@@ -60,7 +60,8 @@ class NumpyArray(Leaf):
         if len(shape) > 32 or any(type(side) is not int or side < 0 for side in shape):
             raise ValueError("an array of an absurd shape")
         self.dtype, self.shape, self.fortran = dtype, shape, bool(fortran)
-        self.data = data
+        # Python 2's bytes may be text as well, and were then taken for it.
+        self.data = data.encode() if type(data) is str else data
         if type(self.data) not in (bytes, Blob) or (type(data) is Blob and data.kind == "text"):
             raise ValueError("an array without bytes")
         count = len(self.data) if isinstance(self.data, bytes) else self.data.length

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from vlscale.convert import deepspeed_zero, fluid, huggingface, paddle_params, safetensors_files, torch_files
-from vlscale.convert.byte_files import shown
 from vlscale.convert.layouts import BACKBONES, backbone_plan, layout_of, plan_of
 from vlscale.convert.mapped import Mapped, Merged, as_it_is
 from vlscale.convert.source import TensorSource
@@ -16,12 +15,9 @@ from vlscale.convert.steps import KeyPlan, Step
 from vlscale.convert.text_encoders import text_weights
 from vlscale.convert.uniter import is_task_name
 from vlscale.errors import VlscaleError
-from vlscale.models.folder import CONFIG_FILE, MODEL_TYPE, read_json
+from vlscale.models.folder import CONFIG_FILE, MODEL_TYPE, PROVENANCE_FILE, TASK_HEAD_FILE, read_json
+from vlscale.untrusted import shown
 
-PROVENANCE_FILE = "provenance.json"
-"""Beside a folder's weights: where they came from, as far as their source told."""
-TASK_HEAD_FILE = "task_head.safetensors"
-"""Beside a folder's weights: what fine-tuning added, under published names after ``task_head.``."""
 READERS: dict[str, Any] = {
     "deepspeed": deepspeed_zero,
     "hugging-face": huggingface,

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlscale.convert.byte_files import ByteFile, ByteStream, is_sane_name, shown
+from vlscale.convert.byte_files import ByteFile, ByteStream
 from vlscale.convert.numpy_values import NUMPY_CALLS, NumpyArray
 from vlscale.convert.pickle_calls import Blob
 from vlscale.convert.pickle_values import Grammar, plain, read_pickle
-from vlscale.convert.source import TensorInfo, check_count, check_tensor
+from vlscale.convert.source import TensorInfo, check_tensor
 from vlscale.errors import VlscaleError
+from vlscale.untrusted import check_count, is_sane_name, shown
 
 BIG_PARAMETERS = "UnpackBigParamInfor@@"
 STRUCTURED_NAMES = "StructuredToParameterName@@"

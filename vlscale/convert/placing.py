@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
-from collections.abc import Iterable
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from vlscale.convert import fluid
 from vlscale.errors import VlscaleError
+from vlscale.models.folder import CONFIG_FILE, PROVENANCE_FILE
 
-RESULTS = ("config.json", "README.md", "model.pt", "provenance.json")
+RESULTS = (CONFIG_FILE, "README.md", "model.pt", PROVENANCE_FILE)
 SUFFIXES = (".safetensors", ".safetensors.index.json")
 """What the files of a folder that a conversion wrote are called, or end in; Paddle's variables are known by content."""
 _LONGEST = 255
+_NEW, _FORMER = "new", "former"
+"""In a workplace: the folder of the new result, and what the target was while the two are exchanged."""
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -55,8 +64,51 @@ def check_apart(target: Path, sources: Iterable[Path]) -> None:
             raise VlscaleError(f"{target}: is, holds or lies in the source {source}; give another name")
 
 
+@contextmanager
+def workplace(target: Path) -> Iterator[Path]:
+    """Yield a path of the target's name, in a folder beside the target that goes with the block.
+
+    What conversions to the same target have left there when they were killed goes first, unless it is the only copy of
+    what the target was.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    parent = target.absolute().parent
+    # Of this host alone: another's may be at work, and not every network file system tells of its locks.
+    whose = hashlib.sha256(f"{socket.gethostname()}/{target.name}".encode(errors="surrogateescape")).hexdigest()
+    prefix = f".vlscale-convert-{whose[:16]}-"
+    for folder in parent.glob(f"{prefix}*"):
+        with suppress(OSError):
+            _remove_leftover(folder, target)
+    with ExitStack() as afterwards, tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as name:
+        descriptor = os.open(name, os.O_RDONLY)
+        afterwards.callback(os.close, descriptor)
+        with suppress(OSError):  # a file system without locks: nobody gets one there, and leftovers stay
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        (Path(name) / _NEW).mkdir()
+        yield Path(name) / _NEW / target.name
+
+
+def _remove_leftover(folder: Path, target: Path) -> None:
+    """Remove a workplace of this target's, unless somebody is at work in it.
+
+    Raises:
+        OSError: somebody is, it is no folder, or it has vanished.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its process holds it as long as that lives
+        used = (folder / _NEW).is_dir()
+        only_copy = os.path.lexists(folder / _FORMER) and not os.path.lexists(target)
+        if os.fstat(descriptor).st_uid == os.getuid() and used and not only_copy:
+            shutil.rmtree(folder)
+    finally:
+        os.close(descriptor)
+
+
 def put_in_place(beside: Path, target: Path, overwrite: bool) -> None:
-    """Rename ``beside`` to ``target``; what that held is kept until its successor stands there.
+    """Rename ``beside``, in a :func:`workplace`, to ``target``; what that held is kept until its successor stands.
 
     Raises:
         VlscaleError: something has come to stand there meanwhile, and may not be replaced.
@@ -76,7 +128,7 @@ def put_in_place(beside: Path, target: Path, overwrite: bool) -> None:
 
 def _exchange(beside: Path, target: Path) -> None:
     """Move the old aside, the new in; back again if that fails. The caller's folder, and the old in it, go last."""
-    old = beside.parent / "old"
+    old = beside.parent.with_name(_FORMER)
     try:
         os.rename(target, old)
         os.rename(beside, target)

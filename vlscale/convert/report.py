@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +105,6 @@ class Report:
         for label, files in (("from", self.source_files), ("to", self.target_files)):
             lines += [f"{label} {name}: {size} bytes, sha256 {digest}" for name, (size, digest) in files.items()]
         return "\n".join(lines)
-
-    def write(self, path: Path) -> None:
-        """Write all of it as JSON.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        path.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def _entry(sources: Sequence[str], operation: str, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -17,25 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlscale.convert.byte_files import (
-    ByteFile,
-    FreshFiles,
-    Stamp,
-    is_file_name,
-    is_sane_name,
-    shown,
-    strict_json,
-    write_tensor,
-)
-from vlscale.convert.source import MOST_TENSORS, TensorInfo, check_count, check_tensor
+from vlscale.convert.byte_files import ByteFile, FreshFiles, Stamp, write_tensor
+from vlscale.convert.source import TensorInfo, check_tensor
 from vlscale.errors import VlscaleError
+from vlscale.models.shards import read_index
+from vlscale.untrusted import MOST_TENSORS, check_count, is_sane_name, shown, strict_json
 
 FORMAT = "safetensors"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MOST_HEADER = 100_000_000
 """Bytes: the format's own limit."""
-MOST_SHARDS = 1000
 # The rank by which the format's own writer sorts a file, last ones first: so wide elements lie aligned.
 DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -140,50 +132,14 @@ def open_source(path: Path) -> SafetensorsSource:
     return SafetensorsSource(path, (inside,), [_read_header(inside)], {})
 
 
-def _open_shards(path: Path, index: Path) -> SafetensorsSource:
-    shard_of, metadata = _read_index(index)
-    names_of: dict[str, set[str]] = {}
-    for name, shard in shard_of.items():
-        names_of.setdefault(shard, set()).add(name)
-    if len(names_of) > MOST_SHARDS:
-        raise VlscaleError(f"{index}: names {len(names_of)} shards, expected at most {MOST_SHARDS}; join them first")
+def _open_shards(path: Path, file: Path) -> SafetensorsSource:
+    index = read_index(file, ".safetensors")
     headers = []
-    for shard in sorted(names_of):
-        header = _read_header(index.parent / shard)
-        lacks = names_of[shard] - set(header.tensors)
-        more = set(header.tensors) - names_of[shard]
-        if lacks or more:
-            problem = f"lacks {shown(min(lacks))}" if lacks else f"holds {shown(min(more))}"
-            says = "stands there" if lacks else "does not stand there"
-            raise VlscaleError(
-                f"{index.parent / shard}: {problem}, which {says} by {index.name}; fetch all files of one release"
-            )
+    for shard in index.files:
+        header = _read_header(shard)
+        index.check_shard(shard, header.tensors)
         headers.append(header)
-    files = (index, *(index.parent / shard for shard in sorted(names_of)))
-    return SafetensorsSource(path, files, headers, {"index_metadata": metadata})
-
-
-def _read_index(index: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return tensor -> shard, and the index's own remarks."""
-    with ByteFile(index) as file:
-        if file.size > MOST_HEADER:
-            raise VlscaleError(f"{index}: has {file.size} bytes, expected at most {MOST_HEADER}; this is no index")
-        found = strict_json(str(index), file.read(str(index), 0, file.size), 100)
-    shard_of = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(shard_of, dict) or not shard_of:
-        raise VlscaleError(f"{index}: has no weight_map of tensor names to files; fetch it again")
-    check_count(index, len(shard_of))
-    for name, shard in shard_of.items():
-        if not is_sane_name(name) or name == "__metadata__":
-            raise VlscaleError(f"{index}: {shown(name)} is no name of a tensor; the file is damaged or hostile")
-        if not isinstance(shard, str) or not is_file_name(shard) or not shard.endswith(".safetensors"):
-            raise VlscaleError(
-                f"{index}: puts {shown(name)} into {shown(str(shard))}, expected a .safetensors file of this folder"
-            )
-    metadata = found.get("metadata", {})
-    if not isinstance(metadata, dict):
-        raise VlscaleError(f"{index}: its metadata is no object; fetch it again")
-    return shard_of, metadata
+    return SafetensorsSource(path, (file, *index.files), headers, {"index_metadata": index.metadata})
 
 
 def _read_header(path: Path) -> _Header:

@@ -18,8 +18,6 @@ from typing_extensions import Self
 
 from vlscale.errors import VlscaleError
 
-MOST_TENSORS = 100_000
-"""Of a checkpoint: the largest public ones of these models have a few thousand."""
 MOST_ELEMENTS = 1 << 40
 MOST_DIMENSIONS = 8
 
@@ -106,13 +104,3 @@ def check_tensor(where: str, dtype: torch.dtype, shape: tuple[int, ...], room: i
     if room is not None and info.nbytes > room:
         raise VlscaleError(f"{where}: needs {info.nbytes} bytes, the file has {room} for it; it is truncated or lies")
     return info
-
-
-def check_count(path: Path, count: int) -> None:
-    """Refuse a file of absurdly many tensors.
-
-    Raises:
-        VlscaleError: more than :data:`MOST_TENSORS`.
-    """
-    if count > MOST_TENSORS:
-        raise VlscaleError(f"{path}: holds more than {MOST_TENSORS} tensors; this is no checkpoint of such a model")

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from vlscale.convert.byte_files import MOST_NAME, ByteFile, shown
+from vlscale.convert.byte_files import ByteFile
 from vlscale.errors import VlscaleError
+from vlscale.untrusted import MOST_NAME, shown
 
 BLOCK = 512
 MOST_MEMBERS = 100_000

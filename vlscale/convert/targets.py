@@ -12,12 +12,11 @@ from vlscale.convert import uniter
 from vlscale.convert.fluid import write_fluid
 from vlscale.convert.layouts import BACKBONES, STATE_DICT
 from vlscale.convert.model_card import model_card
-from vlscale.convert.opening import PROVENANCE_FILE, TASK_HEAD_FILE
 from vlscale.convert.report import Report
 from vlscale.convert.safetensors_files import write_safetensors
 from vlscale.convert.source import TensorSource
 from vlscale.convert.torch_writer import write_torch
-from vlscale.models.folder import CONFIG_FILE, describe
+from vlscale.models.folder import CONFIG_FILE, PROVENANCE_FILE, TASK_HEAD_FILE, WEIGHTS_FILE, describe
 from vlscale.models.uniter import UniterConfig
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
@@ -51,7 +50,7 @@ def write_vlscale(path: Path, source: TensorSource, config: UniterConfig | None,
     if head:
         aside = path / ".head"
         _write_safetensors(aside, source, head)
-        (aside / "model.safetensors").rename(path / TASK_HEAD_FILE)
+        (aside / WEIGHTS_FILE).rename(path / TASK_HEAD_FILE)
         aside.rmdir()
     (path / CONFIG_FILE).write_text(describe(config), encoding="utf-8")
     told = {"source": Path(report.source).name, "files": report.source_files, **report.provenance}
@@ -91,7 +90,7 @@ def write_state_dict(path: Path, source: TensorSource, config: UniterConfig | No
         return
     aside = path.with_name(f"{path.name}.folder")
     _write_safetensors(aside, source, names, most=1 << 62)
-    (aside / "model.safetensors").rename(path)
+    (aside / WEIGHTS_FILE).rename(path)
     aside.rmdir()
 
 

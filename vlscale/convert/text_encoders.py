@@ -26,11 +26,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlscale.convert.byte_files import shown
 from vlscale.convert.huggingface import EncoderShape, HuggingFaceSource
 from vlscale.convert.source import TensorInfo
 from vlscale.convert.steps import modern
 from vlscale.errors import VlscaleError
+from vlscale.untrusted import shown
 
 
 class Rule(NamedTuple):

@@ -18,13 +18,14 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from vlscale.convert.byte_files import MOST_NAME, ByteFile, ByteStream, is_sane_name, shown
+from vlscale.convert.byte_files import ByteFile, ByteStream
 from vlscale.convert.pickle_calls import NameKey
 from vlscale.convert.pickle_values import Grammar, Limits, plain, read_pickle
-from vlscale.convert.source import TensorInfo, check_count, check_tensor
+from vlscale.convert.source import TensorInfo, check_tensor
 from vlscale.convert.torch_pickle import StoredTensor, TorchNames, dense_stride
 from vlscale.convert.torch_zip import ZipDirectory
 from vlscale.errors import VlscaleError
+from vlscale.untrusted import MOST_NAME, check_count, is_sane_name, shown
 
 STATE_ENTRIES = ("model", "state_dict", "module", "model_state_dict")
 """Entries of a checkpoint that hold the weights, the likeliest first (MMF, Lightning, DeepSpeed, habit)."""

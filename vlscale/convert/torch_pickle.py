@@ -13,7 +13,7 @@ import torch
 from vlscale.convert.numpy_values import NUMPY_CALLS
 from vlscale.convert.pickle_calls import Leaf, Name, NameKey
 from vlscale.convert.pickle_values import Grammar
-from vlscale.convert.source import check_count
+from vlscale.untrusted import check_count
 
 STORAGES: Mapping[str, torch.dtype] = {
     **{"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16},

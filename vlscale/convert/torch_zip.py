@@ -5,9 +5,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 
-from vlscale.convert.byte_files import ByteFile, is_sane_name, shown
-from vlscale.convert.source import MOST_TENSORS, check_count
+from vlscale.convert.byte_files import ByteFile
 from vlscale.errors import VlscaleError
+from vlscale.untrusted import MOST_TENSORS, check_count, is_sane_name, shown
 
 _MOST_DIRECTORY = 1 << 26
 

@@ -30,6 +30,8 @@ _SETTINGS = {
     "num_classes": "num_classes",
 }
 """Key of a BERT's, published or own configuration -> ours, for what the tensors may not show."""
+_TOLD_SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
+"""Sizes in which tensors and settings must agree; tables of words and types grow in second stages and tasks."""
 _HEAD_PARTS = {
     "words": "word_head.",
     "features": "feature_head.",
@@ -53,7 +55,8 @@ def config_of(opened: Opened, model: str | None) -> UniterConfig:
     shapes = {name: info.shape for name, info in opened.mapped.tensors.items()}
     if opened.layout == "vlscale" and opened.config is not None and model is None:
         config = parse_config(UniterConfig, own_keys(opened.config), where)
-        _check_sizes(config, sizes_of_shapes(shapes, where), where)
+        sizes = sizes_of_shapes(shapes, where)
+        _check_sizes(sizes, config.model_dump(), where, CONFIG_FILE, "give the file of these weights")
         return config
     stated = _stated(opened, model)
     heads = tuple(head for head in HEADS if any(name.startswith(_HEAD_PARTS[head]) for name in shapes))
@@ -68,20 +71,16 @@ def config_of(opened: Opened, model: str | None) -> UniterConfig:
     if stated.get("hidden_act", "gelu") != "gelu":
         raise VlscaleError(f"{where}: hidden_act is {stated['hidden_act']!r}, only 'gelu' (the exact one) is supported")
     sizes = sizes_of_shapes(shapes, where)
-    for key in ("hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"):
-        if stated.get(key, sizes[key]) != sizes[key]:
-            raise VlscaleError(
-                f"{where}: {key} is {sizes[key]}, {model or CONFIG_FILE} says {stated[key]}; give its own with --model"
-            )
+    told = {key: sizes[key] for key in _TOLD_SIZES}
+    _check_sizes(told, stated, where, model or CONFIG_FILE, "give its own with --model")
     return config_of_shapes(shapes, stated.get("num_attention_heads"), where, more)
 
 
-def _check_sizes(config: UniterConfig, sizes: Mapping[str, int], where: str) -> None:
-    """Compare what a configuration says with the tensors, before a model of its size is made."""
+def _check_sizes(sizes: Mapping[str, int], said: Mapping[str, Any], where: str, by: str, cure: str) -> None:
+    """Compare the tensors' sizes with what ``by`` says of them, if it does, before a model of that size is made."""
     for key, size in sizes.items():
-        said = getattr(config, key)
-        if said != size:
-            raise VlscaleError(f"{where}: {key} is {size}, {CONFIG_FILE} says {said}; give the file of these weights")
+        if said.get(key, size) != size:
+            raise VlscaleError(f"{where}: {key} is {size}, {by} says {said[key]}; {cure}")
 
 
 def _stated(opened: Opened, model: str | None) -> dict[str, Any]:

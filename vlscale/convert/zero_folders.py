@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from vlscale.convert.byte_files import is_file_name, shown
 from vlscale.convert.zero_layout import CURE
 from vlscale.errors import VlscaleError
 from vlscale.train.checkpoint import MANIFEST, Checkpoints, Manifest, read_manifest
 from vlscale.train.processes import Processes
+from vlscale.untrusted import is_file_name, shown
 
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d{1,6})_)?mp_rank_(\d{2,5})_model_states\.pt", re.ASCII)
 """At stage 3 there is one for each rank, else one."""

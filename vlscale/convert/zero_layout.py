@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from vlscale.convert.byte_files import is_sane_name, shown
 from vlscale.convert.pickle_values import Leaf
-from vlscale.convert.source import TensorInfo, check_count, check_tensor
+from vlscale.convert.source import TensorInfo, check_tensor
 from vlscale.convert.torch_files import StoredTensor, TorchFile
 from vlscale.errors import VlscaleError
+from vlscale.untrusted import check_count, is_sane_name, shown
 
 CURE = "copy the whole checkpoint again, or convert another one"
 

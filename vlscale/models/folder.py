@@ -19,15 +19,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlscale.errors import VlscaleError, nearest
+from vlscale.models.shards import read_index
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+PROVENANCE_FILE = "provenance.json"
+"""Beside a folder's weights: where they came from, as far as their source told."""
+TASK_HEAD_FILE = "task_head.safetensors"
+"""Beside a folder's weights: what fine-tuning added, under published names after ``task_head.``."""
 MODEL_TYPE = "vlscale-uniter"
 HUB_KEYS = ("model_type", "architectures", "transformers_version")
 """Of ``config.json``, for the hub's pages and for transformers; the model does not look at them."""
 MAX_CONFIG_BYTES = 1 << 20
-MAX_INDEX_BYTES = 1 << 24
 _SHOWN = 4
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -54,15 +58,15 @@ def parse_config(kind: type[Config], raw: Mapping[str, Any], origin: str) -> Con
         raise VlscaleError(f"{origin}: {where + ': ' if where else ''}{message}{found}{more}") from None
 
 
-def read_json(path: Path, most: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
-    """Read a JSON object of at most ``most`` bytes, 1 MiB by default.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of at most :data:`MAX_CONFIG_BYTES`.
 
     Raises:
         VlscaleError: missing, too large, not JSON, or not an object.
     """
     try:
-        if path.stat().st_size > most:
-            raise VlscaleError(f"{path}: more than {most} bytes: this is not a configuration")
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise VlscaleError(f"{path}: more than {MAX_CONFIG_BYTES} bytes: this is not a configuration")
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise VlscaleError(f"{path}: cannot be read ({error.strerror}); give a folder that holds {path.name}") from None
@@ -93,36 +97,26 @@ def own_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_weights(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Read ``model.safetensors`` and compare it with the expected ``shapes``.
+    """Read ``model.safetensors``, or the shards of its index, and compare it with the expected ``shapes``.
 
     Raises:
-        VlscaleError: missing or damaged file; missing, unexpected or misshapen tensors.
+        VlscaleError: missing or damaged files, or both forms at once; shards that are not as the index says; missing,
+            unexpected or misshapen tensors.
     """
-    state: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        state |= read_safetensors(path)
-    check_state(state, shapes, str(folder / WEIGHTS_FILE))
+    whole, file = folder / WEIGHTS_FILE, folder / INDEX_FILE
+    if not file.is_file():
+        state = read_safetensors(whole)
+    elif whole.is_file():
+        raise VlscaleError(f"{folder}: holds both of {INDEX_FILE} and {WEIGHTS_FILE}; remove the one that is not meant")
+    else:
+        state = {}
+        index = read_index(file, ".safetensors")
+        for shard in index.files:
+            part = read_safetensors(shard)
+            index.check_shard(shard, part)
+            state |= part
+    check_state(state, shapes, str(whole))
     return state
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return ``model.safetensors``, or the shards that ``model.safetensors.index.json`` names.
-
-    Raises:
-        VlscaleError: the index is damaged, or names files elsewhere.
-    """
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        return [folder / WEIGHTS_FILE]
-    found = read_json(index, MAX_INDEX_BYTES).get("weight_map")
-    names = sorted(set(found.values())) if isinstance(found, dict) and all(map(_is_text, found.values())) else []
-    if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
-        raise VlscaleError(f"{index}: weight_map does not name .safetensors files of this folder; save the model again")
-    return [folder / name for name in names]
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -172,6 +166,7 @@ def write_folder(folder: Path, config: BaseModel, state: Mapping[str, Tensor]) -
     weights = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}, weights, {"format": "pt"})
     os.replace(weights, folder / WEIGHTS_FILE)
+    (folder / INDEX_FILE).unlink(missing_ok=True)  # of shards that these weights replace
     text = folder / f".{CONFIG_FILE}.{os.getpid()}"
     text.write_text(describe(config), encoding="utf-8")
     os.replace(text, folder / CONFIG_FILE)
@@ -196,7 +191,7 @@ def resolve_folder(name: str, **hub: Any) -> Path:
             hf_hub_download(name, WEIGHTS_FILE, **hub)
         except EntryNotFoundError:
             hf_hub_download(name, INDEX_FILE, **hub)
-            for shard in weight_files(config.parent):
+            for shard in read_index(config.parent / INDEX_FILE, ".safetensors").files:
                 hf_hub_download(name, shard.name, **hub)
     except HFValidationError:
         raise VlscaleError(f"{name}: no such folder, and not the name of a repository (OWNER/NAME) either") from None
