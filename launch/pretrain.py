@@ -9,6 +9,9 @@ from pathlib import Path
 from vlscale.train.options import parse
 from vlscale.train.resilience import hold_stop
 
+if __name__ == "__main__":
+    hold_stop()  # before anything starts threads, which imports do
+
 RECIPES = Path(__file__).parent / "recipes"
 
 

@@ -87,8 +87,9 @@ def launch_and_stop(arguments: list[str], run: Path, at_step: int) -> Finished:
     command = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(port), "launch/pretrain.py"]
     pipe = subprocess.PIPE
     started = subprocess.Popen(
-        [*command, *arguments, "--run_dir", str(run), "--resume", "auto"], cwd=ROOT, env=environment(), stdout=pipe,
-        stderr=pipe, text=True, start_new_session=True,
+        [*command, *arguments, "--run_dir", str(run), "--resume", "auto"], cwd=ROOT, stdout=pipe, stderr=pipe,
+        # numpy then starts threads while it is imported, which must not be found by the signal
+        env=environment(OPENBLAS_NUM_THREADS="4"), text=True, start_new_session=True,
     )  # fmt: skip
     try:
         end = time.monotonic() + 300

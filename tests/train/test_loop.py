@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import signal
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_counts_are_added_up_over_micro_batches_and_ranks() -> None:
 def test_one_process_that_is_asked_to_stop_stops_all() -> None:
     hold_stop()
     there = message("mlm", 2)
-    os.kill(os.getpid(), STOP)
+    signal.pthread_kill(threading.get_ident(), STOP)
     processes = TwoRanks(lambda mine: there)
     assert next_window(run(processes), iter([window()]))[2]  # type: ignore[arg-type]
     asked = processes.sent

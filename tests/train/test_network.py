@@ -1,21 +1,19 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import psutil
 import pytest
 
 from vlscale.train import network
-from vlscale.train.network import GLOO, NCCL, choose_interface, interface_of, source_address
+from vlscale.train.network import GLOO, choose_interface, interface_of, source_address
 
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (GLOO, NCCL, "MASTER_ADDR"):
+    for name in (GLOO, "MASTER_ADDR"):
         monkeypatch.setenv(name, "")  # restored afterwards, whatever the function sets
         monkeypatch.delenv(name)
-    monkeypatch.setattr(network, "NCCL_FILES", ())
 
 
 def test_the_interface_that_holds_an_address() -> None:
@@ -30,21 +28,19 @@ def test_without_a_master_nothing_is_chosen() -> None:
     assert GLOO not in os.environ
 
 
-def test_one_host_uses_loopback_and_leaves_nccl_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_host_uses_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert choose_interface() == "lo"
     assert os.environ[GLOO] == "lo"
-    assert NCCL not in os.environ
 
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv(GLOO, "ib7")
     assert choose_interface() == "ib7"
-    assert NCCL not in os.environ
 
 
-def test_the_route_decides_and_nccl_gets_the_exact_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_route_decides_and_nccl_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     own = source_address("192.0.2.1")
     if own is None:
         pytest.skip("no default route")
@@ -52,14 +48,8 @@ def test_the_route_decides_and_nccl_gets_the_exact_name(monkeypatch: pytest.Monk
     name = choose_interface()
     assert name is not None
     assert own in [held.address for held in psutil.net_if_addrs()[name]]
-    assert os.environ[NCCL] == f"={name}"
-    for variable in (GLOO, NCCL):
-        monkeypatch.delenv(variable)
-    settings = tmp_path / "nccl.conf"
-    settings.write_text("NCCL_SOCKET_IFNAME=ib0\n", encoding="utf-8")
-    monkeypatch.setattr(network, "NCCL_FILES", (settings,))
-    assert choose_interface() == name
-    assert NCCL not in os.environ, "NCCL's own file decides"
+    assert os.environ[GLOO] == name
+    assert "NCCL_SOCKET_IFNAME" not in os.environ
 
 
 def test_an_own_name_that_means_loopback_is_taken_for_the_default_route(monkeypatch: pytest.MonkeyPatch) -> None:

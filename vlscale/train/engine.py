@@ -22,6 +22,7 @@ from vlscale.errors import VlscaleError
 from vlscale.train.environment import check_compiler, stand_alone
 from vlscale.train.loss_scale import TaskLossScales
 from vlscale.train.network import choose_interface
+from vlscale.train.options import JOIN_TIMEOUT_S
 from vlscale.train.processes import Processes
 from vlscale.train.roll_call import host_name, own_note, roll_call
 
@@ -30,7 +31,7 @@ STALE_GRADIENTS_CHECKED = ("0.19",)
 
 
 def connect(
-    accelerator: str, timeout_s: float = 1800.0, program: str = "vlscale", join_timeout_s: float = 30.0
+    accelerator: str, timeout_s: float = 1800.0, program: str = "vlscale", join_timeout_s: float = JOIN_TIMEOUT_S
 ) -> Processes:
     """Join the other processes of this run; a single process needs no launcher.
 

@@ -254,7 +254,7 @@ def next_window(run: Training, loader: Loader) -> tuple[Window, dict[str, float]
         run.processes.fail_together(failure)
     assert window is not None
     if run.processes.world_size * int(squares) != int(tags) ** 2:
-        raise VlscaleError(
+        run.processes.fail_together(
             f"step {window[0].index}: the processes are about to run different steps; do all nodes see the same recipe "
             f"and the same data sets?"
         )

@@ -1,7 +1,8 @@
-"""Which network interface talks to the other processes: the one with the route to ``MASTER_ADDR``.
+"""Which network interface gloo talks to the other processes through: the one with the route to ``MASTER_ADDR``.
 
 Gloo otherwise takes the address that the host's own name resolves to, which on many systems is a loopback address that
 no other host can reach. Interfaces have different names on different hosts, so each process has to choose for itself.
+NCCL looks at the interfaces themselves, prefers the fast ones, and is left alone.
 """
 
 from __future__ import annotations
@@ -9,23 +10,19 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from ipaddress import ip_address
-from pathlib import Path
 
 GLOO = "GLOO_SOCKET_IFNAME"
-NCCL = "NCCL_SOCKET_IFNAME"
-NCCL_FILES = (Path("~/.nccl.conf"), Path("/etc/nccl.conf"))
-"""Where NCCL reads settings that the environment lacks."""
 
 _ELSEWHERE = ("192.0.2.1", "2001:db8::1")
 """Addresses kept for documentation: the route to them is the default route. Nothing is sent."""
 
 
 def choose_interface() -> str | None:
-    """Set ``GLOO_SOCKET_IFNAME`` to the interface with the route to ``MASTER_ADDR``, and NCCL's variable likewise.
+    """Set ``GLOO_SOCKET_IFNAME`` to the interface with the route to ``MASTER_ADDR``; what the user has set stays.
 
-    Call it after the launcher's variables are there and before the process group is made. What the user has set stays;
-    NCCL's choice is left to it where all processes share a host, or where one of its files decides.
+    Call it after the launcher's variables are there and before the process group is made.
 
     Returns:
         The name of the interface that gloo will use, or None where it is left to gloo: no ``MASTER_ADDR``, or no
@@ -36,11 +33,8 @@ def choose_interface() -> str | None:
     master = os.environ.get("MASTER_ADDR")
     source = source_address(master) if master else None
     name = interface_of(source, _addresses()) if source else None
-    if name is None or source is None:
-        return None
-    os.environ[GLOO] = name
-    if not ip_address(source).is_loopback and not os.environ.get(NCCL) and not _in_nccl_files():
-        os.environ[NCCL] = f"={name}"  # without the equals sign NCCL takes it for the beginning of a name
+    if name is not None:
+        os.environ[GLOO] = name
     return name
 
 
@@ -67,12 +61,14 @@ def interface_of(address: str, addresses: Mapping[str, list[str]]) -> str | None
 def _routed(target: str) -> str | None:
     """The address that the kernel would send from; connecting a datagram socket sends nothing."""
     try:
-        family, *_, where = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        known = socket.getaddrinfo(target.strip("[]"), 9, type=socket.SOCK_DGRAM)
+    except (OSError, UnicodeError):
+        return None
+    for family, *_, where in known:
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(where)
             return str(probe.getsockname()[0]).split("%")[0]
-    except OSError:
-        return None
+    return None
 
 
 def _means_loopback(master: str) -> bool:
@@ -90,13 +86,3 @@ def _addresses() -> dict[str, list[str]]:
         name: [one.address.split("%")[0] for one in held if one.family in families]
         for name, held in psutil.net_if_addrs().items()
     }
-
-
-def _in_nccl_files() -> bool:
-    for path in NCCL_FILES:
-        try:
-            if NCCL in path.expanduser().read_text(encoding="utf-8", errors="replace"):
-                return True
-        except (OSError, RuntimeError):
-            continue
-    return False

@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
+
+JOIN_TIMEOUT_S = 30.0
+"""How long all processes may take to start, unless told otherwise: with the start itself, a minute."""
+
+
+def seconds(text: str) -> float:
+    """A positive number of seconds, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1e6:
+        raise argparse.ArgumentTypeError(f"expected seconds, more than 0 and at most a million, found {text!r}")
+    return value
 
 
 def parse(description: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -16,7 +31,7 @@ def parse(description: str, arguments: Sequence[str] | None = None) -> argparse.
     parser.add_argument("--run_dir", type=Path, help="default: runs/<name of the recipe>")
     parser.add_argument("--resume", default="none", metavar="auto|none|FOLDER", help="checkpoint to go on from")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds to wait for another process (%(default)s)")
-    parser.add_argument("--join_timeout", type=float, default=30, help="seconds for all to start (%(default)s)")
+    parser.add_argument("--timeout", type=seconds, default=1800.0, help="to wait for another process (%(default)g s)")
+    parser.add_argument("--join_timeout", type=seconds, default=JOIN_TIMEOUT_S, help="for all to start (%(default)g s)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # from the launcher
     return parser.parse_args(arguments)

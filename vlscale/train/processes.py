@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from vlscale.errors import VlscaleError, one_line_errors, report_error
 
-_HEAD_START_S = 10.0
+_HEAD_START_S = 3.0
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """Being asked to stop: finish the step, save, and say by the exit status that there is more to do.
 
-Schedulers announce preemption and the end of a job's time by a signal. It is *blocked* from the first line of the entry
-script on, and asked for between steps. So there is no handler that data workers or compilers could inherit (what they
-inherit is a blocked signal, which does nothing), no system call is interrupted, and a signal that comes while the
-program still starts is not lost.
+Schedulers announce preemption and the end of a job's time by a signal. It is *blocked* from the entry script's first
+moment on, and asked for between steps (not during an evaluation or a checkpoint). So there is no handler that data
+workers or compilers could inherit (what they inherit is a blocked signal, which does nothing), no system call is
+interrupted, and a signal that comes while the program still starts is not lost.
 
 SIGUSR1 is left alone: NCCL and PyTorch's tools use it.
 """
@@ -20,8 +20,14 @@ PREEMPTED = 75
 
 
 def hold_stop() -> None:
-    """Keep :data:`STOP` for later. Call it before any thread or process is started: they inherit what is blocked."""
+    """Keep :data:`STOP` for later.
+
+    Call it in the main thread, before anything that starts threads or processes, which importing numpy does: they
+    inherit what is blocked. Linux keeps a blocked signal even where it is ignored; a thread that does not block it, as
+    a library might start one, ignores it instead of ending the process.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, {STOP})
+    signal.signal(STOP, signal.SIG_IGN)
 
 
 def stop_asked() -> bool:

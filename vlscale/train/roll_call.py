@@ -2,17 +2,24 @@
 
 Process groups only say that a time-out passed, after half an hour. Here each rank leaves a note in a store at
 ``MASTER_ADDR:MASTER_PORT``; rank 0 reads them and tells all ranks one verdict. Nothing but JSON is exchanged.
+
+A store may wait longer than it is told to, or for ever (a port that accepts and is silent). So all of it runs in a
+thread that is left behind when time is up.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
+import resource
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib import metadata
@@ -26,9 +33,10 @@ COMPARED = ("torch", "deepspeed", "mosaicml-streaming", "numpy")
 """Packages that must have one version in all processes."""
 
 _PAUSE_S = 0.05
-_RETRY_S = 0.25
-_GRACE_S = 10.0
-"""How long the others wait for the verdict beyond the time-out, and rank 0 for them to have read it."""
+_GRACE_S = 5.0
+"""How long rank 0 waits for the others to have read a verdict."""
+_LONGER = 1.25
+_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,30 @@ class Note:
 
     host: str
     versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the store is.
+
+    Attributes:
+        rank: this process; world_size: their number.
+        host: of this process.
+        address, port: of the store, ``MASTER_ADDR`` and ``MASTER_PORT``.
+        serves: this process holds the store.
+    """
+
+    rank: int
+    world_size: int
+    host: str
+    address: str
+    port: int
+    serves: bool
+
+    @property
+    def where(self) -> str:
+        """Address and port."""
+        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
 
 def host_name() -> str:
@@ -62,7 +94,7 @@ def roll_call(rank: int, world_size: int, note: Note, timeout_s: float, program:
     Args:
         rank: this process; world_size: their number.
         note: of this process.
-        timeout_s: how long a rank may wait for another, and for rank 0's port.
+        timeout_s: how long rank 0 waits for the others; they wait a quarter longer.
         program: name that errors are printed under.
 
     Yields:
@@ -71,18 +103,28 @@ def roll_call(rank: int, world_size: int, note: Note, timeout_s: float, program:
     Raises:
         VlscaleError: the master cannot be reached, ranks are missing, or versions differ; hosts are named.
     """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives a restart
-    server = _open_store(rank, world_size, timeout_s)
-    store = PrefixStore(f"vlscale/{attempt}", server)
-    store.set(f"note/{rank}", json.dumps(asdict(note)))
-    store.add("arrived", 1)
-    if rank == 0:
-        notes = _collect(store, world_size, timeout_s)
-        problem, hosts = _problem(notes, world_size, timeout_s), [note.host for note in notes.values()]
-        store.set("verdict", json.dumps([problem, hosts]))
-        _await(lambda: store.add("read", 0) >= len(notes) - 1, _GRACE_S)  # the store is gone when this process is
-    else:
-        problem, hosts = _read_verdict(store, timeout_s)
+    place = _place(rank, world_size, note.host)
+    found: list[tuple[Store, str | None, list[str]] | Exception] = []
+
+    def meet() -> None:
+        try:
+            store = _open_store(place)
+            found.append((store, *(_lead if rank == 0 else _follow)(store, place, note, timeout_s)))
+        except (VlscaleError, RuntimeError, OSError, ValueError) as error:
+            found.append(error)
+
+    _check_address(place)
+    patience = timeout_s * (1.0 if rank == 0 else _LONGER) + 2 * _GRACE_S
+    thread = threading.Thread(target=meet, daemon=True, name="roll-call")
+    with _quick_lookups() if place.serves else nullcontext():
+        thread.start()
+        thread.join(patience)
+    outcome = found[0] if found else None
+    if isinstance(outcome, VlscaleError):
+        raise outcome
+    if outcome is None or isinstance(outcome, Exception):
+        raise VlscaleError(_unreached(place, outcome, patience))
+    _, problem, hosts = outcome
     if problem:
         error = VlscaleError(problem)
         if rank == 0:
@@ -92,72 +134,115 @@ def roll_call(rank: int, world_size: int, note: Note, timeout_s: float, program:
     yield hosts
 
 
-def _open_store(rank: int, world_size: int, timeout_s: float) -> Store:
-    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    where = f"{address}:{port}"
-    if not address or not port.isdecimal():
+def _place(rank: int, world_size: int, host: str) -> Place:
+    address, port = os.environ.get("MASTER_ADDR", "").strip("[]"), os.environ.get("MASTER_PORT", "")
+    if not address or not (port.isascii() and port.isdecimal() and 0 < int(port[:6]) < 65536):
         raise VlscaleError(
-            f"rank {rank} of {world_size} on {host_name()}: MASTER_ADDR and MASTER_PORT are {where!r}; start through "
-            f"deepspeed, torchrun or launch/slurm, or set them"
+            f"rank {rank} of {world_size} on {host}: MASTER_ADDR is {address[:100]!r} and MASTER_PORT {port[:9]!r}, "
+            f"expected a host and 1 to 65535; start through vlscale launch, deepspeed, torchrun or launch/slurm"
         )
     # torchrun keeps a store at this address itself.
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return Place(rank, world_size, host, address, int(port), serves)
+
+
+def _check_address(place: Place) -> None:
     try:
-        if not serves:
-            _reach(address, int(port), timeout_s)
-        reached, limit = "127.0.0.1" if serves else address, timedelta(seconds=timeout_s)
-        return TCPStore(reached, int(port), world_size, serves, limit, wait_for_workers=False, multi_tenant=True)
-    except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        cure = "is the port taken by another run? choose another master port" if serves else (
-            "is rank 0 started, is this its address as seen from here, and does the firewall let the port through?"
-        )  # fmt: skip
+        socket.getaddrinfo(place.address, place.port)
+    except (OSError, UnicodeError) as error:
         raise VlscaleError(
-            f"rank {rank} on {host_name()}: no roll call at {where} within {timeout_s:g} s ({reason[:200]}): {cure}"
+            f"rank {place.rank} on {place.host}: MASTER_ADDR {place.address} has no address here ({error}); name "
+            f"rank 0's host as all hosts know it"
         ) from None
 
 
-def _reach(address: str, port: int, seconds: float) -> None:
-    """Wait until a port answers. TCPStore by itself may pause for half a minute, and try again after its time-out."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            with socket.create_connection((address, port), timeout=max(0.1, end - time.monotonic())):
-                return
-        except OSError:
-            if time.monotonic() >= end:
-                raise
-            time.sleep(_RETRY_S)
+def _open_store(place: Place) -> Store:
+    """The store, under a prefix that only this run has: another's ranks may come to a port that both use."""
+    if place.serves:
+        _allow_files(2 * place.world_size + 4096)
+    # Rank 0 goes to its own store directly: whether it can be reached by its address is another question, asked later.
+    reached = "127.0.0.1" if place.serves else place.address
+    longer = timedelta(hours=1)  # the thread's time-out is the one that counts
+    store = TCPStore(
+        reached, place.port, place.world_size, place.serves, longer, wait_for_workers=False, multi_tenant=True
+    )
+    # torchrun's store outlives a restart.
+    variables = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "VLSCALE_RUN_ID")
+    words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    run = repr((place.world_size, [os.environ.get(name) for name in variables], words))
+    return PrefixStore(hashlib.blake2b(run.encode(), digest_size=8).hexdigest(), store)
 
 
-def _collect(store: Store, world_size: int, timeout_s: float) -> dict[int, Note]:
-    """Rank 0: the notes that arrive in time, by rank."""
-    _await(lambda: store.add("arrived", 0) >= world_size, timeout_s)
-    here = [rank for rank in range(world_size) if store.check([f"note/{rank}"])]
-    return {rank: Note(**json.loads(store.get(f"note/{rank}"))) for rank in here}
-
-
-def _read_verdict(store: Store, timeout_s: float) -> tuple[str | None, list[str]]:
-    """Other ranks: what rank 0 found wrong, and the hosts."""
-    try:
-        store.wait(["verdict"], timedelta(seconds=timeout_s + _GRACE_S))
-        problem, hosts = json.loads(store.get("verdict"))
-        store.add("read", 1)
-    except RuntimeError as error:
-        raise VlscaleError(
-            f"rank 0 at {os.environ['MASTER_ADDR']} went away during the roll call "
-            f"({str(error).splitlines()[0][:200]}); see its log"
-        ) from None
+def _lead(store: Store, place: Place, note: Note, timeout_s: float) -> tuple[str | None, list[str]]:
+    """Rank 0: collect the notes, and tell all what is wrong with them, and the hosts."""
+    end = time.monotonic() + timeout_s
+    _sign(store, place, note)
+    problem = _own_address(place, end) if place.serves else None
+    if problem is None:
+        _await(lambda: store.add("arrived", 0) >= place.world_size, end)
+    here = [rank for rank in range(place.world_size) if store.check([f"note/{rank}"])]
+    notes = {rank: Note(**json.loads(store.get(f"note/{rank}"))) for rank in here}
+    problem = problem or _problem(notes, place.world_size, timeout_s)
+    hosts = [each.host for each in notes.values()]
+    store.set("verdict", json.dumps([problem, hosts]))
+    # The store is gone when this process is.
+    readers = [f"read/{rank}" for rank in here if rank]
+    _await(lambda: not readers or store.check(readers), time.monotonic() + _GRACE_S)
     return problem, hosts
 
 
-def _await(done: Callable[[], bool], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not done():
-        if time.monotonic() > end:
-            return False
+def _follow(store: Store, place: Place, note: Note, timeout_s: float) -> tuple[str | None, list[str]]:
+    """Other ranks: leave a note, and read the verdict."""
+    _sign(store, place, note)
+    store.wait(["verdict"], timedelta(seconds=_LONGER * timeout_s + _GRACE_S))
+    problem, hosts = json.loads(store.get("verdict"))
+    store.set(f"read/{place.rank}", "")
+    return problem, hosts
+
+
+def _sign(store: Store, place: Place, note: Note) -> None:
+    if store.add(f"signed/{place.rank}", 1) > 1:
+        raise VlscaleError(
+            f"rank {place.rank} on {place.host}: another process has answered as rank {place.rank} at {place.where}; "
+            f"two runs share this port: choose another master port"
+        )
+    store.set(f"note/{place.rank}", json.dumps(asdict(note)))
+    store.add("arrived", 1)
+
+
+def _own_address(place: Place, end: float) -> str | None:
+    """Why rank 0 does not reach itself under the address that it gave the others; None if it does."""
+    try:
+        with socket.create_connection((place.address, place.port), timeout=max(1.0, end - time.monotonic())):
+            return None
+    except OSError as error:
+        return (
+            f"rank 0 on {place.host} does not reach itself at {place.where} ({error}); MASTER_ADDR has to be an "
+            f"address of rank 0's host"
+        )
+
+
+def _unreached(place: Place, error: Exception | None, seconds: float) -> str:
+    who = f"rank {place.rank} on {place.host}"
+    if place.serves and error is not None:
+        return (
+            f"{who}: no roll call at {place.where} ({_first_line(error)}); is the port taken by another run? choose "
+            f"another master port"
+        )
+    reason = _first_line(error) if error is not None else "no answer"
+    return (
+        f"{who}: no roll call at {place.where} within {seconds:g} s ({reason}); is rank 0 started with the same "
+        f"command line, is this its address as seen from here, and does the firewall let the port through?"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _await(done: Callable[[], bool], end: float) -> None:
+    while not done() and time.monotonic() < end:
         time.sleep(_PAUSE_S)
-    return True
 
 
 def _problem(notes: Mapping[int, Note], world_size: int, timeout_s: float) -> str | None:
@@ -167,12 +252,13 @@ def _problem(notes: Mapping[int, Note], world_size: int, timeout_s: float) -> st
         here = sorted({note.host for note in notes.values()})
         return (
             f"{_ranks(missing)} of {world_size}{_expected_hosts(missing, world_size)} did not answer within "
-            f"{timeout_s:g} s (hosts that did: {', '.join(here)}); see whether they started there, or give slow hosts "
-            f"more time with --join_timeout"
+            f"{timeout_s:g} s (hosts that did: {_some(here)}); see whether they started there, with the same command "
+            f"line, or give slow hosts more time with --join_timeout"
         )
     first = notes[0]
-    for name, version in first.versions.items():
-        others = [rank for rank, note in notes.items() if note.versions.get(name) != version]
+    for name in sorted({name for note in notes.values() for name in note.versions}):
+        version = first.versions.get(name, "missing")
+        others = [rank for rank, note in notes.items() if note.versions.get(name, "missing") != version]
         if others:
             other = notes[others[0]]
             same = [rank for rank in others if notes[rank].host == other.host]
@@ -190,7 +276,7 @@ def _expected_hosts(missing: Sequence[int], world_size: int) -> str:
     if not hosts or world_size % len(hosts):
         return ""
     each = world_size // len(hosts)
-    return " on " + ", ".join(dict.fromkeys(hosts[rank // each] for rank in missing))
+    return " on " + _some(list(dict.fromkeys(hosts[rank // each] for rank in missing)))
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -201,5 +287,31 @@ def _ranks(ranks: Sequence[int]) -> str:
             spans[-1][1] = rank
         else:
             spans.append([rank, rank])
-    shown = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+    shown = [str(first) if first == last else f"{first}-{last}" for first, last in spans]
+    return f"rank{'s' if len(ranks) > 1 else ''} {_some(shown)}"
+
+
+def _some(words: Sequence[str]) -> str:
+    more = f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
+    return ", ".join(words[:_SHOWN]) + more
+
+
+@contextmanager
+def _quick_lookups() -> Iterator[None]:
+    """Give up soon on names: the store looks up every rank that connects, one by one, and needs none of the names."""
+    before = os.environ.get("RES_OPTIONS")
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("RES_OPTIONS", None)
+
+
+def _allow_files(wanted: int) -> None:
+    """Raise the limit of open files: rank 0 has a connection to every other, and the usual limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
