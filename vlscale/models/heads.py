@@ -8,44 +8,48 @@ training (ZeRO-3) has to gather it.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlscale.models.layers import Embedding, Initializer, Linear
+from vlscale.models.layers import ACTIVATIONS, Activation, Embedding, Initializer, Linear
 
 
 class Pooler(nn.Module):
-    """``tanh(W h + b)`` of the first position of each example, [CLS]."""
+    """``tanh(W h + b)`` of the first position of each example, [CLS]; UNIMO has relu for tanh."""
 
-    def __init__(self, hidden: int, initializer: Initializer) -> None:
+    def __init__(self, hidden: int, initializer: Initializer, activation: Literal["tanh", "relu"] = "tanh") -> None:
         super().__init__()
+        self.activation = torch.tanh if activation == "tanh" else torch.relu
         self.dense = Linear(hidden, hidden, initializer)
 
     def forward(self, first_BH: Tensor) -> Tensor:
         """Return [B, H]."""
-        return torch.tanh(self.dense(first_BH))
+        return self.activation(self.dense(first_BH))
 
 
 class Transform(nn.Module):
     """``LN(gelu(W h + b))``, the common first half of the heads that look at single positions."""
 
-    def __init__(self, hidden: int, eps: float, initializer: Initializer) -> None:
+    def __init__(self, hidden: int, eps: float, initializer: Initializer, activation: Activation = "gelu") -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.dense = Linear(hidden, hidden, initializer)
         self.norm = nn.LayerNorm(hidden, eps)
 
     def forward(self, hidden_KH: Tensor) -> Tensor:
         """Return [K, H]."""
-        return self.norm(F.gelu(self.dense(hidden_KH)))
+        return self.norm(self.activation(self.dense(hidden_KH)))
 
 
 class WordHead(nn.Module):
     """Scores over the vocabulary, decoded with the word table."""
 
-    def __init__(self, words: Embedding, eps: float, initializer: Initializer) -> None:
+    def __init__(self, words: Embedding, eps: float, initializer: Initializer, activation: Activation = "gelu") -> None:
         super().__init__()
-        self.transform = Transform(words.embedding_dim, eps, initializer)
+        self.transform = Transform(words.embedding_dim, eps, initializer, activation)
         self.bias = nn.Parameter(torch.zeros(words.num_embeddings))
         self._words = (words,)  # in a tuple: not registered a second time
 

@@ -9,31 +9,71 @@ CPU and on CUDA; nothing has to be converted around it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlscale.kernels.attention import attention
 
+Activation = Literal["gelu", "relu"]
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
+"""``gelu`` is the exact (erf) one."""
+InitializerKind = Literal["normal", "fan_in", "truncated_normal"]
+
 
 @dataclass(frozen=True)
 class Initializer:
-    """Standard deviation of the normal distribution that weights are drawn from.
+    """The normal distribution that weights are drawn from.
 
     Attributes:
-        kind: ``normal``, the same ``std`` everywhere (BERT); ``fan_in``, 1/sqrt(width of the input) for projections and
+        kind: ``normal``, the same ``std`` everywhere (BERT); ``truncated_normal``, the same without what lies more than
+            two standard deviations from zero (UNIMO); ``fan_in``, 1/sqrt(width of the input) for projections and
             1/sqrt(width of the vectors) for tables, which small models need.
-        std: the standard deviation for ``normal``.
+        std: the standard deviation for ``normal`` and ``truncated_normal``.
     """
 
-    kind: Literal["normal", "fan_in"]
+    kind: InitializerKind
     std: float
 
     def of(self, width: int) -> float:
         """Standard deviation for a weight that is multiplied with vectors of ``width``."""
-        return self.std if self.kind == "normal" else width**-0.5
+        return width**-0.5 if self.kind == "fan_in" else self.std
+
+    def draw(self, weight: Tensor, width: int) -> None:
+        """Fill a weight that is multiplied with vectors of ``width``."""
+        std = self.of(width)
+        if self.kind == "truncated_normal":
+            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+        else:
+            nn.init.normal_(weight, std=std)
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Examples of which the first rows, the source, see each other, and the others, the target, see what precedes them.
+
+    That is sequence-to-sequence attention: the source never sees the target, a target row sees the whole source, the
+    target before it and itself.
+
+    Attributes:
+        source: int64 [Ns], the packed rows of all sources.
+        cu_source: int32 [B+1], cumulative source lengths; a source may be empty.
+        longest_source: the largest one.
+        target: int64 [Nt], the packed rows of all targets.
+        cu_target: int32 [B+1], cumulative target lengths; a target may be empty.
+        longest_target: the largest one.
+    """
+
+    source: Tensor
+    cu_source: Tensor
+    longest_source: int
+    target: Tensor
+    cu_target: Tensor
+    longest_target: int
 
 
 class Linear(nn.Linear):
@@ -45,7 +85,7 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draw the weight; called by the constructor."""
-        nn.init.normal_(self.weight, std=self.initializer.of(self.in_features))
+        self.initializer.draw(self.weight, self.in_features)
         nn.init.zeros_(self.bias)
 
 
@@ -58,7 +98,7 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Draw the table; called by the constructor."""
-        nn.init.normal_(self.weight, std=self.initializer.of(self.embedding_dim))
+        self.initializer.draw(self.weight, self.embedding_dim)
 
 
 class SelfAttention(nn.Module):
@@ -75,23 +115,44 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(hidden, 3 * hidden, initializer)
         self.out = Linear(hidden, hidden, initializer)
 
-    def forward(self, hidden_NH: Tensor, cu: Tensor, longest: int) -> Tensor:
-        """Return [N, H]; ``cu`` int32 [B+1] bounds the examples, ``longest`` is the largest length."""
+    def forward(self, hidden_NH: Tensor, cu: Tensor, longest: int, visibility: Visibility | None = None) -> Tensor:
+        """Return [N, H]; ``cu`` int32 [B+1] bounds the examples, ``longest`` is the largest length.
+
+        Without ``visibility`` every row sees its whole example.
+        """
         rows, width = hidden_NH.shape
         q, k, v = self.qkv(hidden_NH).view(rows, 3, self.heads, width // self.heads).unbind(1)
-        dropout = self.dropout if self.training else 0.0
-        mixed = attention(q, k, v, cu, cu, longest, longest, dropout_p=dropout, backend=self.backend)
+        if visibility is None:
+            dropout = self.dropout if self.training else 0.0
+            mixed = attention(q, k, v, cu, cu, longest, longest, dropout_p=dropout, backend=self.backend)
+        else:
+            mixed = self._see(q, k, v, cu, longest, visibility)
         return self.out(mixed.reshape(rows, width))
+
+    def _see(self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, seen: Visibility) -> Tensor:
+        """Two calls: source to source, then target to source and target, causal from the end of both."""
+        dropout = self.dropout if self.training else 0.0
+        q_S, k_S, v_S = (x.index_select(0, seen.source) for x in (q, k, v))
+        cu_S, longest_S = seen.cu_source, seen.longest_source
+        source_SAD = attention(q_S, k_S, v_S, cu_S, cu_S, longest_S, longest_S, dropout_p=dropout, backend=self.backend)
+        q_T, cu_T, longest_T = q.index_select(0, seen.target), seen.cu_target, seen.longest_target
+        target_TAD = attention(
+            q_T, k, v, cu_T, cu, longest_T, longest, causal=True, dropout_p=dropout, backend=self.backend
+        )
+        return torch.empty_like(q).index_copy(0, seen.source, source_SAD).index_copy(0, seen.target, target_TAD)
 
 
 class FeedForward(nn.Module):
-    """``down(gelu(up(x)))`` with the exact (erf) gelu."""
+    """``down(gelu(up(x)))`` with the exact (erf) gelu, or another activation."""
 
-    def __init__(self, hidden: int, intermediate: int, initializer: Initializer) -> None:
+    def __init__(
+        self, hidden: int, intermediate: int, initializer: Initializer, activation: Activation = "gelu"
+    ) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.up = Linear(hidden, intermediate, initializer)
         self.down = Linear(intermediate, hidden, initializer)
 
     def forward(self, hidden_NH: Tensor) -> Tensor:
         """Return [N, H]."""
-        return self.down(F.gelu(self.up(hidden_NH)))
+        return self.down(self.activation(self.up(hidden_NH)))

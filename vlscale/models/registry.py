@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from vlscale.config import ModelSection
 from vlscale.errors import VlscaleError, nearest
+from vlscale.models.encoder import EncoderConfig
 from vlscale.models.folder import parse_config
+from vlscale.models.unimo import UnimoConfig, UnimoForPretraining
 from vlscale.models.uniter import REGION_TYPE, UniterConfig, UniterForPretraining
 
 MODELS: dict[str, type[UniterForPretraining]] = {"uniter": UniterForPretraining}
+"""The models that recipes train."""
+Config = TypeVar("Config", bound=EncoderConfig)
 PRESETS = Path(__file__).parent / "presets"
 _CURES = {
     "vocab_size": "the texts' vocabulary has",
@@ -70,24 +75,71 @@ def resolve_config(
         raise VlscaleError(
             f"model.name {section.name!r} is unknown{nearest(section.name, MODELS)} (known: {[*MODELS]})"
         )
-    stated = {**(load_preset(section.preset) if section.preset else {}), **section.config}
     facts = {
         "vocab_size": vocab_size,
         "feature_dim": feature_dim,
         "num_classes": num_classes,
         "vocab_fingerprint": vocab_fingerprint,
     }
-    known = {key: value for key, value in facts.items() if value is not None}
     types = {"type_vocab_size": max(REGION_TYPE + 1, num_types or 1)}
-    config = parse_config(UniterConfig, {**types, **known, **stated}, "model.config")
+    config = _lay_over(UniterConfig, section, facts, types)
+    _check_tables(config, max_text_tokens, types["type_vocab_size"])
+    return config
+
+
+def resolve_unimo_config(
+    section: ModelSection, *, max_text_tokens: int | None = None, **data_facts: int | str | None
+) -> UnimoConfig:
+    """Do the same for a UNIMO.
+
+    Args:
+        section: the recipe's ``model``.
+        max_text_tokens: longest text of the data, without [CLS] and [SEP]; the model must have positions for it.
+        **data_facts: ``vocab_size``, ``feature_dim``, ``num_classes``, ``vocab_fingerprint``; None: not known.
+
+    Raises:
+        VlscaleError: see :func:`resolve_config`.
+    """
+    config = _lay_over(UnimoConfig, section, data_facts, {})
+    if max_text_tokens is not None and max_text_tokens + 2 > config.longest_text:
+        raise VlscaleError(
+            f"model.config: max_position_embeddings {config.max_position_embeddings} leaves {config.longest_text} "
+            f"positions for a text, but data.max_text_tokens {max_text_tokens} with [CLS] and [SEP] needs "
+            f"{max_text_tokens + 2}; raise the one or lower the other"
+        )
+    return config
+
+
+def _lay_over(
+    kind: type[Config], section: ModelSection, facts: Mapping[str, int | str | None], defaults: dict[str, Any]
+) -> Config:
+    """The recipe over the preset over what the data say over ``defaults``; all must agree with the data.
+
+    Raises:
+        VlscaleError: see :func:`resolve_config`.
+    """
+    known = {key: value for key, value in facts.items() if value is not None}
+    config = parse_config(kind, {**defaults, **known, **_stated(section)}, "model.config")
     for key, value in known.items():
         if getattr(config, key) != value:
             source = "model.config" if key in section.config else f"preset {section.preset}"
             raise VlscaleError(
                 f"{source}: {key} is {getattr(config, key)}, but {_CURES[key]} {value}; set model.config.{key}={value}"
             )
-    _check_tables(config, max_text_tokens, types["type_vocab_size"])
     return config
+
+
+def _stated(section: ModelSection) -> dict[str, Any]:
+    """What preset and recipe say, the recipe last."""
+    if section.preset is None:
+        return dict(section.config)
+    preset = load_preset(section.preset)
+    of = section.preset.partition("-")[0]
+    if of != section.name:
+        raise VlscaleError(
+            f"model.preset {section.preset!r} is of {of!r}, model.name is {section.name!r}; set one of them"
+        )
+    return preset | section.config
 
 
 def _check_tables(config: UniterConfig, max_text_tokens: int | None, types: int) -> None:
@@ -115,3 +167,8 @@ def build_model(section: ModelSection, **data_facts: Any) -> UniterForPretrainin
         VlscaleError: see :func:`resolve_config`.
     """
     return MODELS[section.name](resolve_config(section, **data_facts))
+
+
+def build_unimo(section: ModelSection, **data_facts: Any) -> UnimoForPretraining:
+    """Build a UNIMO with fresh weights (draws from torch's default generator); see :func:`resolve_unimo_config`."""
+    return UnimoForPretraining(resolve_unimo_config(section, **data_facts))
