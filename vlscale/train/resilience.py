@@ -26,8 +26,9 @@ def hold_stop() -> None:
     inherit what is blocked. Linux keeps a blocked signal even where it is ignored; a thread that does not block it, as
     a library might start one, ignores it instead of ending the process.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {STOP})
-    signal.signal(STOP, signal.SIG_IGN)
+    if STOP not in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+        signal.signal(STOP, signal.SIG_IGN)  # before blocking: it discards what is pending
+        signal.pthread_sigmask(signal.SIG_BLOCK, {STOP})
 
 
 def stop_asked() -> bool:
