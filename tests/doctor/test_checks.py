@@ -20,11 +20,13 @@ from tests.doctor.described import (
     with_packages,
 )
 from vlscale.doctor import pins
+from vlscale.doctor.check_machine import files_of_rank_0
 from vlscale.doctor.examination import judge
 from vlscale.doctor.facts import Facts, Folder, Graphics, InfinibandPort, Interface, Leftover
-from vlscale.doctor.findings import GIB, MIB, Finding, Section, duration, exit_status, size
+from vlscale.doctor.findings import GIB, MIB, Finding, Section, counted, duration, exit_status, size
 
 ROOT = Path(__file__).resolve().parents[2]
+MISMATCH = "Failed to initialize NVML: Driver/library version mismatch"
 TOO_NEW = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
 BUFFER = Leftover("/dev/shm/deepspeed_allreduce_buffer_1000_a_1_0", "DeepSpeed", "g", 1, 1000, 66 * MIB, 7200.0, False)
 
@@ -61,6 +63,11 @@ def unseen(**values: object) -> Facts:
     return software(changed(HEALTHY, "graphics", torch_gpus=()), **values)
 
 
+def broken(**values: object) -> Facts:
+    """A machine that would pass for one without GPUs, but for the values."""
+    return changed(WITHOUT_GPUS, "graphics", **values)
+
+
 CASES = [
     # facts, name of the line, state, words of the text, words of the cure
     (software(python="3.9.18"), "python", "failed", "3.9.18", "install Python 3.10"),
@@ -82,6 +89,11 @@ CASES = [
     (software(arch_list=TOO_NEW), "architecture", "failed", "is sm_70, but torch", "-c launch/env/v100.txt"),
     (changed(HEALTHY, "graphics", driver="470.57.02"), "driver", "failed", "too old for CUDA 12.8", "525.60.13"),
     (unseen(), "GPUs", "failed", "driver shows 8, PyTorch sees none", "torch.zeros(1).cuda()"),
+    (broken(driver_error=MISMATCH), "GPUs", "failed", MISMATCH, "reboot, or reload the driver"),
+    (broken(device_files=("/dev/nvidia0",)), "GPUs", "failed", "/dev has /dev/nvidia0, PyTorch sees none", "--nv"),
+    (changed(broken(driver_error=MISMATCH), "network", variables={"DS_ACCELERATOR": "cpu"}), "GPUs", "warning",
+     MISMATCH, "--gpus all"),
+    (changed(HEALTHY, "graphics", driver_error=MISMATCH), "nvidia-smi", "warning", "though PyTorch sees 8", "reboot"),
     (unseen(cuda=None), "GPUs", "failed", "built without CUDA", "launch/env/v100.txt"),
     (unseen(torch_error="ImportError: x"), "GPUs", "failed", "cannot be imported", "launch/env/v100.txt"),
     (changed(unseen(), "network", variables={"CUDA_VISIBLE_DEVICES": ""}), "GPUs", "warning", "hides", "unset CUDA"),
@@ -94,6 +106,7 @@ CASES = [
      "warning", "not cuda: no NVRTC", "install g++"),
     (network(addresses=()), "name of this host", "warning", "resolves to nothing", "/etc/hosts"),
     (network(addresses=("127.0.1.1", "::1")), "name of this host", "warning", "127.0.1.1", "--master_addr"),
+    (network(own_address="10.0.0.1", lookup_s=0.6), "name of its address", "warning", "10.0.0.1 in 0.60 s", "PTR"),
     (network(interfaces=(Interface("eth0", False), Interface("lo", True, "127.0.0.1"))), "interfaces", "warning",
      "none is up", "ip link"),
     (variable("NCCL_SOCKET_IFNAME", "ib"), "NCCL_SOCKET_IFNAME", "failed", "'ib'", "eth0, lo"),
@@ -118,7 +131,7 @@ CASES = [
     (machine(WITHOUT_GPUS, shm_free=500 * MIB), "/dev/shm", "failed", "8 processes on a CPU need 528 MiB", "remount"),
     (machine(shm_free=MIB, leftovers=(BUFFER,)), "/dev/shm", "failed", "1 MiB free", "vlscale doctor --clean; mount"),
     (machine(memory_available=GIB), "memory", "warning", "1 GiB available", "--mem"),
-    (machine(leftovers=(BUFFER,)), "leftovers", "warning", "1 files of DeepSpeed, 66 MiB, up to 2 hours old",
+    (machine(leftovers=(BUFFER,)), "leftovers", "warning", "1 file of DeepSpeed, 66 MiB, up to 2 hours old",
      "vlscale doctor --clean"),
     (machine(leftovers=(BUFFER,), unseen=("python (7)",)), "leftovers", "warning", "66 MiB", "after these have ended"),
     (machine(leftovers=(replace(BUFFER, owner=54321),)), "leftovers of others", "warning", "user 54321",
@@ -163,6 +176,31 @@ def test_warnings_alone_are_no_failure() -> None:
     assert exit_status(judge(with_packages(HEALTHY, transformers=None))) == 0
 
 
+def test_a_number_of_processes_that_nobody_told_is_called_assumed() -> None:
+    texts = {
+        assumed: next(found.text for found in judge(machine(WITHOUT_GPUS, assumed=assumed)) if found.name == "/dev/shm")
+        for assumed in (True, False)
+    }
+    assert "8 processes on a CPU (assumed) need" in texts[True]
+    assert "8 processes on a CPU need" in texts[False]
+
+
+@pytest.mark.parametrize(
+    ("limit", "ranks", "cure"),
+    [
+        ((1024, 1 << 20), 513, "ulimit -n 65536"),
+        ((1024, 1100), 1024, "ulimit -n 1100; if that is not enough, nofile in"),
+        ((70_000, None), 70_000, "ulimit -n 70512"),
+    ],
+)
+def test_rank_0_needs_a_file_for_every_rank(limit: tuple[int, int | None], ranks: int, cure: str) -> None:
+    (found,) = files_of_rank_0(limit, ranks)
+    assert found.state == "failed"
+    assert f"at most {limit[0]:,}, and with {ranks:,} ranks" in found.text
+    assert cure in found.cure
+    assert list(files_of_rank_0(limit, limit[0] - 512)) == list(files_of_rank_0((None, None), ranks)) == []
+
+
 def test_every_bad_line_carries_a_cure_by_construction() -> None:
     with pytest.raises(ValueError, match="without cure"):
         Section("s").failed("name", "text", "")
@@ -178,6 +216,7 @@ def test_ok_lines_where_a_fact_is_harmless() -> None:
         ),
         "NCCL_SOCKET_IFNAME": variable("NCCL_SOCKET_IFNAME", "^docker,lo"),
         "leftovers": machine(leftovers=(replace(BUFFER, in_use=True),)),
+        "name of its address": network(own_address="10.0.0.1", lookup_s=0.4),
         "CUDA toolkit": building(HEALTHY, toolkit=""),
         "architecture": with_gpus(H100),
     }  # fmt: skip
@@ -245,6 +284,7 @@ def test_versions_are_compared_as_numbers() -> None:
 
 
 def test_sizes_and_ages_for_people() -> None:
+    assert (counted(0, "file"), counted(1, "file"), counted(2, "file")) == ("0 files", "1 file", "2 files")
     assert (size(66 * MIB), size(3 * GIB // 2), size(10)) == ("66 MiB", "1.5 GiB", "10 bytes")
     assert (duration(5), duration(7200), duration(3 * 86400)) == ("5 seconds", "2 hours", "3 days")
 

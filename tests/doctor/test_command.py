@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +98,20 @@ def test_facts_of_this_machine(here: Facts) -> None:
     )
 
 
-@pytest.mark.parametrize(("status", "changed"), [(0, {}), (1, {"glibc": "2.17"})])
+@pytest.mark.parametrize(
+    ("status", "changed", "summary"),
+    [
+        (0, {}, "0 warnings, 0 failed"),
+        (0, {"memory_available": 1 << 30}, "1 warning, 0 failed"),
+        (1, {"glibc": "2.17"}, "0 warnings, 1 failed"),
+    ],
+)
 def test_text_in_a_pipe_is_plain_and_the_status_tells(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, status: int, changed: dict[str, str]
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    changed: dict[str, Any],
+    summary: str,
 ) -> None:
     from tests.doctor import described
 
@@ -106,7 +121,7 @@ def test_text_in_a_pipe_is_plain_and_the_status_tells(
     said = capsys.readouterr().out
     assert "\x1b" not in said
     assert said.startswith("node-1\nversions\n  ok      python")
-    assert said.rstrip().endswith(f"ok, 0 warnings, {status} failed")
+    assert said.rstrip().endswith(f"ok, {summary}")
     assert ("  failed  glibc" in said) == bool(status)
     assert ("cure: run inside a container" in said) == bool(status)
 
@@ -200,6 +215,75 @@ def test_what_nvidia_smi_prints_is_read_and_rubbish_is_not() -> None:
     assert gpus.parse_smi("") == (None, ())
 
 
+def asked(folder: Path) -> int:
+    """How often the planted nvidia-smi ran."""
+    return len((folder / "asked").read_text(encoding="utf-8").splitlines())
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Path]:
+    """Puts an nvidia-smi of given shell commands in front of PATH."""
+
+    def plant(commands: str) -> Path:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/asked\n{commands}\n', encoding="utf-8")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        monkeypatch.setattr(gpus, "_torch_gpus", tuple)
+        return tmp_path
+
+    return plant
+
+
+def test_a_broken_driver_is_told(planted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = planted("echo 'Failed to initialize NVML: Driver/library version mismatch'; echo more; exit 18")
+    found = gpus.graphics()
+    assert found.driver_error == "Failed to initialize NVML: Driver/library version mismatch"
+    assert (found.driver, found.driver_gpus, asked(folder)) == (None, (), 1)
+    facts = replace(HEALTHY, graphics=found)
+    monkeypatch.setattr(gather, "gather", lambda: facts)
+    assert main(["doctor"]) == 1
+
+
+def test_a_driver_that_hangs_is_asked_once(planted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "SECONDS", 0.5)
+    folder = planted("exec sleep 5")
+    assert gpus.graphics().driver_error == "nvidia-smi did not end within 0.5 s"
+    assert asked(folder) == 1
+
+
+def test_an_old_driver_is_asked_again_without_what_it_does_not_know(planted: Callable[[str], Path]) -> None:
+    folder = planted(
+        'case "$*" in *compute_cap*) echo \'Field "compute_cap" is not a valid field to query.\'; exit 2;; esac\n'
+        "echo 'Tesla K80, 11441, 0, Default, 390.1'"
+    )
+    found = gpus.graphics()
+    assert (found.driver, len(found.driver_gpus), found.driver_error, asked(folder)) == ("390.1", 1, "", 2)
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "error"),
+    [
+        ("No devices were found", 6, "No devices were found"),
+        ("No devices were found", 0, "No devices were found"),
+        ("", 9, "exit status 9"),
+        ("Tesla V100, 32768, 0, Default, 535.1, 7.0\nUnable to determine the device handle: GPU is lost", 15,
+         "Unable to determine the device handle: GPU is lost"),
+        ("NVIDIA GB10, [N/A], [N/A], Default, 580.95, 12.1", 0, ""),
+    ],
+)  # fmt: skip
+def test_what_nvidia_smi_complains_of(planted: Callable[[str], Path], said: str, status: int, error: str) -> None:
+    planted(f"cat <<'END'\n{said}\nEND\nexit {status}")
+    assert gpus.graphics().driver_error == error
+
+
+def test_files_of_gpus_that_nobody_sees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpus, "_DEVICES", tmp_path)
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    assert gpus.graphics().device_files == (f"{tmp_path}/nvidia0", f"{tmp_path}/nvidia1")
+
+
 def test_interfaces_and_infiniband_are_read_from_sysfs(tmp_path: Path) -> None:
     port = tmp_path / "ib/mlx5_0/ports/1"
     port.mkdir(parents=True)
@@ -221,6 +305,34 @@ def test_names_that_do_not_resolve() -> None:
     assert network.addresses_of("\udcff") == ()
 
 
+def test_a_slow_resolver_is_timed_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert network.lookup_seconds("127.0.0.1") < network._RESOLVING_S
+    monkeypatch.setattr(network, "_RESOLVING_S", 0.3)
+    release = threading.Event()
+    monkeypatch.setattr(socket, "getnameinfo", lambda *ignored: release.wait(10))
+    start = time.monotonic()
+    seconds = network.lookup_seconds("10.0.0.1")
+    assert 0.25 < seconds <= time.monotonic() - start < 5
+    release.set()
+
+
+def test_the_address_that_others_see() -> None:
+    assert network.outside(("127.0.1.1", "", "::1", "10.0.0.1", "10.0.0.2")) == "10.0.0.1"
+    assert network.outside(("127.0.0.1", "fe80::1%eth0")) == "fe80::1%eth0"
+    assert network.outside(()) == ""
+    found = network.network()
+    assert bool(found.own_address) == bool(found.lookup_s)
+
+
+def test_the_number_of_processes_is_told_or_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert [(one.processes, one.assumed) for one in (system.machine(0), system.machine(4), system.machine(0, 3))] == [
+        (2, True), (4, True), (3, False),
+    ]  # fmt: skip
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    assert (system.machine(0).processes, system.machine(0).assumed) == (6, False)
+
+
 def test_tells_prebuilt_kernels_from_those_compiled_at_first_use(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -233,7 +345,11 @@ def test_tells_prebuilt_kernels_from_those_compiled_at_first_use(
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [(["--jsn"], "--jsn"), (["--clean", "--dist"], "exclude each other"), (["--join_timeout", "0"], "above 0")],
+    [
+        (["--jsn"], "--jsn"),
+        (["--clean", "--dist"], "exclude each other"),
+        (["--join_timeout", "inf"], "expected seconds"),
+    ],
 )
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], words: list[str], expected: str) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -72,7 +72,7 @@ def test_clean_removes_a_stale_file(
     monkeypatch.setattr(leftovers, "_MEMORY", [("DeepSpeed", _only(planted))])
     monkeypatch.setattr(leftovers, "_LOCKS", [])
     assert main(["doctor", "--clean"]) == 0
-    assert f"removed {planted}\nremoved 1 files, 4 KiB\n" in capsys.readouterr().out
+    assert f"removed {planted}\nremoved 1 file, 4 KiB\n" in capsys.readouterr().out
     assert not planted.exists()
 
 

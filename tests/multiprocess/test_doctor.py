@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from tests.multiprocess.launcher import BIN, ROOT, Finished, environment, free_port, launch, run_alone, run_together
+from tests.multiprocess.doctor_worker import Scene
+from tests.multiprocess.launcher import BIN, ROOT, Finished, environment, free_port, run_together
 
 pytestmark = pytest.mark.multiprocess
 WORKER = Path(__file__).with_name("doctor_worker.py")
 
 
-def installed(folder: Path, **versions: str) -> Path:
-    """A folder with the metadata of other versions of packages, as importlib finds it."""
-    for name, version in versions.items():
-        place = folder / f"{name}-{version}.dist-info"
-        place.mkdir(parents=True)
-        (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
-    return folder
+def installed(folder: Path, name: str, version: str) -> str:
+    """A folder with the metadata of another version of a package, as importlib finds it."""
+    place = folder / f"{name}-{version}.dist-info"
+    place.mkdir(parents=True)
+    (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
+    return str(folder)
 
 
-def by_torchrun() -> Finished:
-    command = [BIN / "torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), "--no-python",
-               BIN / "vlscale", "doctor", "--dist"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=ROOT, env=environment())
-    return Finished(done.returncode, done.stdout, done.stderr)
+def by_torchrun() -> list[str | Path]:
+    return [BIN / "torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), "--no-python",
+            BIN / "vlscale", "doctor", "--dist"]  # fmt: skip
 
 
-def by_deepspeed() -> Finished:
-    return launch("--module", "vlscale.doctor", "--dist")
+def by_deepspeed() -> list[str | Path]:
+    """What ``deepspeed --module vlscale.doctor --dist`` starts on every host."""
+    slots = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 1]}).encode()).decode()
+    return [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={slots}", "--master_addr=127.0.0.1",
+            f"--master_port={free_port()}", "--module", "vlscale.doctor", "--dist"]  # fmt: skip
 
 
 @pytest.mark.parametrize("start", [by_torchrun, by_deepspeed])
-def test_two_ranks_measure_an_all_reduce(start: object) -> None:
-    done = start()  # type: ignore[operator]
+def test_two_ranks_measure_an_all_reduce(start: Callable[[], list[str | Path]]) -> None:
+    run = subprocess.run(start(), capture_output=True, text=True, timeout=150, cwd=ROOT, env=environment())
+    done = Finished(run.returncode, run.stdout, run.stderr)
     assert done.status == 0, done.tail
-    assert "all-reduce, float32, gloo, 2 ranks on 1 host" in done.out
+    assert "all-reduce, float32, gloo, 2 ranks on 1 host: median" in done.out
     rows = re.findall(r"^ +([\d,]+) +([\d.]+) +([\d.]+) +([\d.]+)  right$", done.out, re.MULTILINE)
     assert [int(row[0].replace(",", "")) for row in rows] == [1024 * 4**power for power in range(8)], done.tail
     for _, milliseconds, algorithm, bus in rows:
@@ -50,16 +56,38 @@ def test_two_ranks_measure_an_all_reduce(start: object) -> None:
     assert "nothing was measured" not in done.out
 
 
-def test_differences_and_wrong_sums_are_told_by_host(tmp_path: Path) -> None:
-    odd = installed(tmp_path, transformers="4.1.0")
-    ranks = run_together(WORKER, odd, "wrong-sums", "--", "--dist", "--json", processes=2)
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Finished]]:
+    """What the ranks left in each scene."""
+    folder = tmp_path_factory.mktemp("doctor")
+    alone = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    versions = {"deepspeed": "0.16.1", "transformers": "4.1.0"}
+    old = {name: installed(folder / name, name, version) for name, version in versions.items()}
+    scenes = {
+        "other versions": Scene(["--dist"], free_port(), [0, 1], installed=old["deepspeed"]),
+        "missing": Scene(["--dist", "--join_timeout", "2"], free_port(), [0]),
+        "alone": Scene(["--dist"], 0, [0], variables=alone),
+        "differences": Scene(
+            ["--dist", "--json"], free_port(), [0, 1], installed=old["transformers"], wrong_sums=True
+        ),
+    }  # fmt: skip
+    todo = folder / "scenes.json"
+    todo.write_text(json.dumps([asdict(scene) for scene in scenes.values()]), encoding="utf-8")
+    for done in run_together(WORKER, todo, processes=2):
+        assert done.status == 0, done.tail
+    left = [json.loads(Path(f"{todo}.{rank}.out").read_text(encoding="utf-8")) for rank in range(2)]
+    return {name: [Finished(*of_rank) for of_rank in ranks] for name, *ranks in zip(scenes, *left, strict=True)}
+
+
+def test_differences_and_wrong_sums_are_told_by_host(played: dict[str, list[Finished]]) -> None:
+    ranks = played["differences"]
     assert [done.status for done in ranks] == [1, 0], [done.tail for done in ranks]
     assert ranks[1].out == ""
     found = json.loads(ranks[0].out)
     assert [rank["host"] for rank in found["ranks"]] == ["node-0", "node-1"]
     failed = {finding["name"]: finding for finding in found["findings"] if finding["state"] == "failed"}
     assert set(failed) == {"transformers", "sums"}
-    assert re.fullmatch(r"\S+ on node-0 \(rank 0\); 4\.1\.0 on node-1 \(rank 1\)", failed["transformers"]["text"])
+    assert re.fullmatch(r"\S+ on node-0; 4\.1\.0 on node-1", failed["transformers"]["text"])
     assert "install the same on all hosts" in failed["transformers"]["cure"]
     assert "on rank 0 on node-0, 1 on node-1" in failed["sums"]["text"]
     assert "do not train on these hosts" in failed["sums"]["cure"]
@@ -71,27 +99,22 @@ def test_differences_and_wrong_sums_are_told_by_host(tmp_path: Path) -> None:
     assert [one["text"] for one in found["findings"] if one["text"].startswith("node-1: 4.1.0; vlscale pins")]
 
 
-def test_versions_without_which_ranks_cannot_talk_end_all_of_them(tmp_path: Path) -> None:
-    odd = installed(tmp_path, deepspeed="0.16.1")
-    ranks = run_together(WORKER, odd, "--", "--dist", processes=2)
+def test_versions_without_which_ranks_cannot_talk_end_all_of_them(played: dict[str, list[Finished]]) -> None:
+    ranks = played["other versions"]
     assert [done.status for done in ranks] == [2, 2], [done.tail for done in ranks]
     said = "".join(done.err for done in ranks)
     assert "node-1" in said
     assert "deepspeed 0.16.1" in said
 
 
-def test_one_process_says_that_it_measured_nothing() -> None:
-    alone = Path(WORKER.parents[2] / "vlscale/doctor/__main__.py")
-    done = run_alone(alone, "--dist")
+def test_one_process_says_that_it_measured_nothing(played: dict[str, list[Finished]]) -> None:
+    done = played["alone"][0]
     assert done.status == 0, done.tail
     assert "one process: nothing was measured between processes" in done.out
     assert "srun vlscale doctor --dist" in done.out
 
 
-def test_a_rank_that_is_missing_is_told_in_time() -> None:
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    command = [BIN / "vlscale", "doctor", "--dist", "--join_timeout", "2"]
-    variables = environment(**place, MASTER_PORT=str(free_port()))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, env=variables)
-    assert done.returncode == 2, done.stderr
-    assert "rank 1 of 2" in done.stderr
+def test_a_rank_that_is_missing_is_told_in_time(played: dict[str, list[Finished]]) -> None:
+    done = played["missing"][0]
+    assert done.status == 2, done.tail
+    assert "rank 1 of 2" in done.err

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlscale.errors import VlscaleError
+from vlscale.train.options import JOIN_TIMEOUT_S, seconds
 
 if TYPE_CHECKING:
     from vlscale.doctor.facts import Leftover
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="started on every rank by torchrun, srun or deepspeed: compare the hosts and measure an all-reduce",
     )  # fmt: skip
     parser.add_argument(
-        "--join_timeout", type=_seconds, default=60.0, metavar="SECONDS",
+        "--join_timeout", type=seconds, default=JOIN_TIMEOUT_S, metavar="SECONDS",
         help="with --dist: how long the other ranks may take to start (%(default)g)",
     )  # fmt: skip
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed's launcher
@@ -77,21 +78,11 @@ def _clean() -> tuple[list[Leftover], list[str]]:
 
 
 def _cleaning(removed: list[Leftover], hiding: list[str]) -> list[str]:
-    from vlscale.doctor.findings import size, some
+    from vlscale.doctor.findings import counted, size, some
 
     if hiding:
         return [f"nothing removed: {some(hiding)} hide which files they use; end them first"]
     return [
         *(f"removed {item.path}" for item in removed),
-        f"removed {len(removed)} files, {size(sum(item.bytes for item in removed))}",
+        f"removed {counted(len(removed), 'file')}, {size(sum(item.bytes for item in removed))}",
     ]
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected seconds, above 0 and at most 86400")
-    return value

@@ -6,7 +6,7 @@ import pwd
 from collections.abc import Iterator
 
 from vlscale.doctor.facts import Facts, Folder, Leftover
-from vlscale.doctor.findings import GIB, MIB, Finding, Section, duration, size, some
+from vlscale.doctor.findings import GIB, MIB, Finding, Section, counted, duration, size, some
 from vlscale.doctor.leftovers import removable
 from vlscale.doctor.pins import LEAST_GLIBC, older
 
@@ -18,6 +18,8 @@ GPU_SHARE = 32 * MIB
 GPU_EASY = 1 * GIB
 """What NVIDIA recommends for NCCL in a container."""
 FEW_FILES, MANY_FILES = 1024, 4096
+OTHER_FILES = 512
+"""What rank 0 opens beside its connections to the other ranks."""
 FEW_PROCESSES, MANY_PROCESSES = 256, 4096
 LEAST_LOCKED = 64 * MIB
 STALE_LOCK_S = 600.0
@@ -72,7 +74,7 @@ def memory(facts: Facts) -> Iterator[Finding]:
     else:
         needed = machine.processes * (CPU_BUFFER if on_cpu else GPU_SHARE)
         easy = needed if on_cpu else max(needed, GPU_EASY)
-        what = "on a CPU" if on_cpu else "on GPUs"
+        what = f"on {'a CPU' if on_cpu else 'GPUs'}{' (assumed)' if machine.assumed else ''}"
         text = (
             f"{size(machine.shm_free)} free of {size(machine.shm_total)}; {machine.processes} processes {what} need "
             f"{size(needed)}"
@@ -113,16 +115,15 @@ def _leftovers(facts: Facts) -> Iterator[Finding]:
         )  # fmt: skip
     if not mine and not others:
         used = len(machine.leftovers) - len(stale)
-        yield MEMORY.ok("leftovers", f"none{f'; {used} files are in use' if used else ''}")
+        yield MEMORY.ok("leftovers", f"none; {counted(used, 'file')} in use" if used else "none")
 
 
 def _sum(items: list[Leftover]) -> str:
     kinds = " and ".join(sorted({item.kind for item in items}))
     oldest = max(item.age_s for item in items)
-    return (
-        f"{len(items)} files of {kinds}, {size(sum(item.bytes for item in items))}, up to {duration(oldest)} old "
-        f"({some([item.path for item in items], 2)})"
-    )
+    room = size(sum(item.bytes for item in items))
+    paths = some([item.path for item in items], 2)
+    return f"{counted(len(items), 'file')} of {kinds}, {room}, up to {duration(oldest)} old ({paths})"
 
 
 def _user(number: int) -> str:
@@ -157,11 +158,26 @@ def _limit(name: str, limit: tuple[int | None, int | None], few: int, many: int,
     soft, hard = limit
     if soft is None or soft >= many:
         return SYSTEM.ok(name, "unlimited" if soft is None else f"at most {soft:,}")
+    text = f"at most {soft:,}; runs with many shards and workers want {many:,}"
+    return SYSTEM.bad(soft < few, name, text, _raising(soft, hard, many, option, key))
+
+
+def files_of_rank_0(limit: tuple[int | None, int | None], ranks: int) -> Iterator[Finding]:
+    """Whether rank 0 may open a connection to every other rank, beside its shards and libraries."""
+    (soft, hard), needed = limit, ranks + OTHER_FILES
+    if soft is not None and soft < needed:
+        yield SYSTEM.failed(
+            "open files of rank 0", f"at most {soft:,}, and with {ranks:,} ranks connected it needs {needed:,}",
+            _raising(soft, hard, needed, "-n", "nofile"),
+        )  # fmt: skip
+
+
+def _raising(soft: int, hard: int | None, wanted: int, option: str, key: str) -> str:
     cure = f"{key} in /etc/security/limits.conf (as root), then log in again"
     if hard is None or hard > soft:
-        reachable = 65536 if hard is None else min(hard, 65536)
-        cure = f"ulimit {option} {reachable}" + (f"; if that is not enough, {cure}" if reachable < many else "")
-    return SYSTEM.bad(soft < few, name, f"at most {soft:,}; runs with many shards and workers want {many:,}", cure)
+        reachable = max(65536, wanted) if hard is None else min(hard, max(65536, wanted))
+        cure = f"ulimit {option} {reachable}" + (f"; if that is not enough, {cure}" if reachable < wanted else "")
+    return cure
 
 
 def _locked(facts: Facts, soft: int | None) -> Finding:

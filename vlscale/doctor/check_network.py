@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterator
 
 from vlscale.doctor.facts import Facts, Network
 from vlscale.doctor.findings import Finding, Section, some
+from vlscale.doctor.network import is_loopback
 
 NETWORK = Section("network")
+SLOW_LOOKUP_S = 0.5
 _SLOW = {
     "NCCL_P2P_DISABLE": "GPUs of this host do not talk directly",
     "NCCL_SHM_DISABLE": "processes of this host do not use shared memory",
@@ -20,7 +21,9 @@ def network(facts: Facts) -> Iterator[Finding]:
     found = facts.network
     yield NETWORK.ok("NCCL", facts.software.nccl or "none; processes talk through gloo")
     yield _host(found)
-    usable = [interface for interface in found.interfaces if interface.up and not _is_loopback(interface.address)]
+    if found.own_address:
+        yield _lookup(found)
+    usable = [interface for interface in found.interfaces if interface.up and not is_loopback(interface.address)]
     up = [f"{interface.name} {interface.address}".strip() for interface in usable]
     if up:
         yield NETWORK.ok("interfaces", some(up, 8))
@@ -44,17 +47,20 @@ def _host(found: Network) -> Finding:
     )
     if not found.addresses:
         return NETWORK.warning("name of this host", f"{found.host} resolves to nothing", cure)
-    if all(_is_loopback(address) for address in found.addresses):
+    if all(is_loopback(address) for address in found.addresses):
         text = f"{found.host} is {some(found.addresses)}, which is no address for others"
         return NETWORK.warning("name of this host", text, cure)
     return NETWORK.ok("name of this host", f"{found.host} is {some(found.addresses)}")
 
 
-def _is_loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
-    except ValueError:
-        return False
+def _lookup(found: Network) -> Finding:
+    text = f"{found.own_address} in {found.lookup_s:.2f} s"
+    if found.lookup_s <= SLOW_LOOKUP_S:
+        return NETWORK.ok("name of its address", text)
+    return NETWORK.warning(
+        "name of its address", f"{text}: rank 0 looks up every rank that connects, one after the other",
+        "give all hosts PTR records in DNS, or lines in /etc/hosts of each",
+    )  # fmt: skip
 
 
 def _chosen(found: Network) -> Iterator[Finding]:

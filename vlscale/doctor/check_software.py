@@ -24,6 +24,10 @@ from vlscale.doctor.pins import (
 
 VERSIONS, GPUS, KERNELS = Section("versions"), Section("GPUs"), Section("kernels")
 BUSY_BYTES = 1 * GIB
+RELOAD = (
+    "reboot, or reload the driver's modules; in a container: --nv (Apptainer) or --gpus all (Docker); in Slurm: --gpus"
+)
+"""The cure of a driver that was renewed under running programs, or that a container lacks."""
 
 
 def install(file: str = V100, what: str = "torch torchvision") -> str:
@@ -107,30 +111,32 @@ def gpus(facts: Facts) -> Iterator[Finding]:
             )  # fmt: skip
         else:
             yield GPUS.ok("driver", seen.driver)
-    if not facts.gpus:
+    if not (facts.gpus or seen.driver_error or seen.device_files):
         yield GPUS.ok("GPUs", "none; training runs on the CPU")
-        return
-    if not seen.torch_gpus:
+    elif not seen.torch_gpus:
         yield _unseen(facts)
+    elif seen.driver_error:
+        yield GPUS.warning("nvidia-smi", f"{seen.driver_error}, though PyTorch sees {len(seen.torch_gpus)}", RELOAD)
     for (name, arch, memory), count in Counter((gpu.name, gpu.arch, gpu.memory_bytes) for gpu in facts.gpus).items():
         yield _architecture(facts, f"{count} x {name}, {memory / GIB:.1f} GiB", arch)
     yield from _taken(seen.driver_gpus)
 
 
 def _unseen(facts: Facts) -> Finding:
-    text = f"the driver shows {len(facts.graphics.driver_gpus)}, PyTorch sees none"
-    hidden = facts.network.variables.get("CUDA_VISIBLE_DEVICES")
+    seen, variables = facts.graphics, facts.network.variables
+    serious = variables.get("DS_ACCELERATOR") != "cpu"  # otherwise they are not wanted
+    if seen.driver_error and not seen.driver_gpus:
+        text = f"nvidia-smi says {seen.driver_error!r}, PyTorch sees none"
+        return GPUS.bad(serious, "GPUs", text, f"{RELOAD}; on a host that has none: export DS_ACCELERATOR=cpu")
+    sign = f"the driver shows {len(seen.driver_gpus)}" if seen.driver_gpus else f"/dev has {some(seen.device_files)}"
+    text, hidden = f"{sign}, PyTorch sees none", variables.get("CUDA_VISIBLE_DEVICES")
     if facts.software.torch_error:
-        return GPUS.failed("GPUs", f"{text}: it cannot be imported", install())
+        return GPUS.bad(serious, "GPUs", f"{text}: it cannot be imported", install())
     if facts.software.cuda is None:
-        return GPUS.failed("GPUs", f"{text}: this torch is built without CUDA", install())
+        return GPUS.bad(serious, "GPUs", f"{text}: this torch is built without CUDA", install())
     if hidden in ("", "-1"):
         return GPUS.warning("GPUs", f"{text}: CUDA_VISIBLE_DEVICES={hidden!r} hides them", "unset CUDA_VISIBLE_DEVICES")
-    return GPUS.failed(
-        "GPUs", text,
-        'ask it: python -c "import torch; torch.zeros(1).cuda()"; often the driver was renewed without a restart, or a '
-        "container was started without --nv or --gpus all",
-    )  # fmt: skip
+    return GPUS.bad(serious, "GPUs", text, f'{RELOAD}; why: python -c "import torch; torch.zeros(1).cuda()"')
 
 
 def _architecture(facts: Facts, what: str, arch: str) -> Finding:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from vlscale.doctor.allreduce import Measured
@@ -12,6 +13,8 @@ from vlscale.doctor.findings import Finding, Section, some
 TOGETHER, LINES = Section("differences between hosts"), Section("all-reduce")
 SLOW = 1.5
 """A rank that takes so many times the median for the same work is named."""
+MOST_VALUES = 4
+"""Values that are told of what differs: a hundred hosts may have a hundred."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class RankReport:
         variables: those that steer NCCL and gloo.
         work_s: see :func:`vlscale.doctor.allreduce.own_work`.
         findings: on its host; empty on all but the host's first rank.
+        driver: version, or ``none``; None on all but the host's first rank.
     """
 
     host: str
@@ -34,21 +38,21 @@ class RankReport:
     variables: Mapping[str, str]
     work_s: float
     findings: tuple[Finding, ...] = ()
+    driver: str | None = None
 
 
 def differences(reports: Sequence[RankReport]) -> Iterator[Finding]:
     """Versions, devices and variables that are not the same everywhere."""
     names = list(dict.fromkeys(name for report in reports for name in report.versions))
-    same = 0
-    for name in names:
-        told = _who_has(reports, (report.versions.get(name, "missing") for report in reports))
-        if len(told) == 1:
-            same += 1
-        else:
-            yield TOGETHER.failed(
-                name, _told(told), f"install the same on all hosts, from one file of constraints; first: {_odd(told)}"
-            )
-    if same == len(names):
+    tables = {name: _who_has(reports, (one.versions.get(name, "missing") for one in reports)) for name in names}
+    asked = [report for report in reports if report.driver is not None]
+    tables["driver"] = _who_has(asked, (str(report.driver) for report in asked))
+    differ = {name: told for name, told in tables.items() if len(told) > 1}
+    for name, told in differ.items():
+        yield TOGETHER.failed(
+            name, _told(told), f"install the same on all hosts, from one file of constraints; first: {_odd(told)}"
+        )
+    if not differ:
         yield TOGETHER.ok("versions", f"the same on all {len(reports)} ranks")
     told = _who_has(reports, (report.device for report in reports))
     if len(told) > 1:
@@ -62,15 +66,16 @@ def differences(reports: Sequence[RankReport]) -> Iterator[Finding]:
 
 
 def merged(reports: Iterable[RankReport]) -> list[Finding]:
-    """The warnings and failures of all hosts; one that several hosts share is told once, with their names."""
-    hosts: dict[Finding, list[str]] = {}
+    """The warnings and failures of all hosts; those that one cure mends are one line, with the names of the hosts."""
+    lines: dict[Finding, dict[str, list[str]]] = {}
     for report in reports:
         for finding in report.findings:
             if finding.state != "ok":
-                hosts.setdefault(finding, []).append(report.host)
+                texts = lines.setdefault(replace(finding, text=""), {})
+                texts.setdefault(finding.text, []).append(report.host)
     return [
-        Finding(finding.section, finding.name, finding.state, f"{some(names)}: {finding.text}", finding.cure)
-        for finding, names in hosts.items()
+        replace(finding, text=_few([f"{some(hosts)}: {text}" for text, hosts in texts.items()]))
+        for finding, texts in lines.items()
     ]
 
 
@@ -104,16 +109,31 @@ def _who_has(reports: Sequence[RankReport], values: Iterable[str]) -> dict[str, 
 
 
 def _told(told: Mapping[str, Sequence[RankReport]]) -> str:
-    return "; ".join(f"{value} on {_hosts(reports)}" for value, reports in told.items())
+    """Rank 0's value, and the next few, each with its hosts."""
+    return _few([f"{value} on {where}" for value, where in zip(told, _places(told), strict=True)])
 
 
-def _hosts(reports: Sequence[RankReport]) -> str:
-    ranks: dict[str, list[str]] = {}
-    for report in reports:
-        ranks.setdefault(report.host, []).append(str(report.rank))
-    return some([f"{host} (rank {some(numbers)})" for host, numbers in ranks.items()])
+def _few(parts: Sequence[str]) -> str:
+    more = f"; and {len(parts) - MOST_VALUES} more" if len(parts) > MOST_VALUES else ""
+    return "; ".join(parts[:MOST_VALUES]) + more
 
 
 def _odd(told: Mapping[str, Sequence[RankReport]]) -> str:
     """Where the rarest value stands."""
-    return _hosts(min(told.values(), key=len))
+    return min(zip(told.values(), _places(told), strict=True), key=lambda pair: len(pair[0]))[1]
+
+
+def _places(told: Mapping[str, Sequence[RankReport]]) -> list[str]:
+    """The hosts of each value; ranks only where those of a host differ."""
+    by_value = [Counter(report.host for report in reports) for reports in told.values()]
+    of_host = sum(by_value, Counter())
+    places = []
+    for reports, count in zip(told.values(), by_value, strict=True):
+        ranks: dict[str, list[str]] = {}
+        for report in reports:
+            ranks.setdefault(report.host, []).append(str(report.rank))
+        places.append(some([
+            host if count[host] == of_host[host] else f"{host} (rank {some(numbers)})"
+            for host, numbers in ranks.items()
+        ]))  # fmt: skip
+    return places

@@ -10,13 +10,16 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 import vlscale
-from vlscale.doctor import slurm, text
+from vlscale.doctor import gpus, network, slurm, text
 from vlscale.doctor.allreduce import Measured, measure, own_work
+from vlscale.doctor.check_machine import files_of_rank_0
 from vlscale.doctor.compare import LINES, RankReport, differences, judge_measured, merged
 from vlscale.doctor.examination import judge
-from vlscale.doctor.facts import Facts
-from vlscale.doctor.findings import Finding, exit_status
+from vlscale.doctor.facts import Software
+from vlscale.doctor.findings import Finding, counted, exit_status
 from vlscale.doctor.gather import gather
 from vlscale.train.engine import connect
 from vlscale.train.environment import choose_accelerator
@@ -66,34 +69,35 @@ def stdout_kept() -> Iterator[None]:
 
 def _reports(processes: Processes) -> list[RankReport]:
     """Look at each host once, by its first rank, and let every rank measure itself while all others do."""
-    hosts = processes.hosts
-    first = hosts.index(hosts[processes.rank]) == processes.rank
-    facts = gather()
+    rank, hosts = processes.rank, processes.hosts
+    host = hosts[rank]
+    facts = gather(hosts.count(host)) if hosts.index(host) == rank else None
+    findings = judge(facts) if facts else []
+    if facts and processes.main:
+        findings += files_of_rank_0(facts.machine.limits["open files"], processes.world_size)
+    versions = _versions(facts.software if facts else gpus.software())
     processes.barrier()
-    work = own_work(processes.device)
     own = RankReport(
-        host=hosts[processes.rank],
-        rank=processes.rank,
-        device=_device(facts, processes),
-        versions=_versions(facts),
-        variables=facts.network.variables,
-        work_s=work,
-        findings=tuple(judge(facts)) if first else (),
+        host=host,
+        rank=rank,
+        device=_device(processes.device),
+        versions=versions,
+        variables=network.variables(),
+        work_s=own_work(processes.device),
+        findings=tuple(findings),
+        driver=(facts.graphics.driver or "none") if facts else None,
     )
     return list(processes.gather(own))
 
 
-def _device(facts: Facts, processes: Processes) -> str:
-    if processes.device.type == "cuda":
-        return facts.graphics.torch_gpus[processes.device.index or 0].name
-    return str(facts.devices[0].get("name", "cpu")) if facts.devices else "cpu"
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else gpus.processor()
 
 
-def _versions(facts: Facts) -> dict[str, str]:
-    software = facts.software
+def _versions(software: Software) -> dict[str, str]:
     told: dict[str, Any] = {
         "vlscale": vlscale.__version__, "commit": software.commit, "python": software.python, **software.packages,
-        "CUDA": software.cuda, "cuDNN": software.cudnn, "NCCL": software.nccl, "driver": facts.graphics.driver,
+        "CUDA": software.cuda, "cuDNN": software.cudnn, "NCCL": software.nccl,
     }  # fmt: skip
     return {name: str(version) for name, version in told.items() if version is not None}
 
@@ -122,7 +126,7 @@ def _show(reports: list[RankReport], measured: list[Measured], findings: list[Fi
     if measured:
         hosts = len({report.host for report in reports})
         text.show_measured(
-            f"all-reduce, float32, {backend}, {len(reports)} ranks on {hosts} host{'s'[: hosts > 1]}: median of the "
+            f"all-reduce, float32, {backend}, {len(reports)} ranks on {counted(hosts, 'host')}: median of the "
             f"slowest rank's times",
             measured, out,
         )  # fmt: skip

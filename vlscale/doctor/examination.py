@@ -26,9 +26,10 @@ def as_json(facts: Facts, findings: list[Finding]) -> dict[str, Any]:
     """Return what ``vlscale doctor --json`` prints.
 
     ``host``, ``vlscale``, ``commit``, ``python``, ``platform``, ``packages`` (name -> version or null),
-    ``accelerator``, ``cuda``, ``cudnn``, ``nccl``, ``driver``, ``arch_list``, ``gpus`` (``name``, ``arch``,
-    ``memory_bytes``, ``used_bytes``, ``mode``), ``compiling``, ``devices``, ``network``, ``building``, ``machine`` and
-    ``findings`` (``section``, ``name``, ``state``, ``text``, ``cure``). Sizes are in bytes, ages in seconds.
+    ``accelerator``, ``cuda``, ``cudnn``, ``nccl``, ``driver``, ``driver_error``, ``arch_list``, ``gpus`` (``name``,
+    ``arch``, ``memory_bytes``, ``used_bytes``, ``mode``), ``compiling``, ``devices``, ``network``, ``building``,
+    ``machine`` and ``findings`` (``section``, ``name``, ``state``, ``text``, ``cure``). Sizes are in bytes, ages and
+    times in seconds.
     """
     software, machine = facts.software, asdict(facts.machine)
     machine["leftovers"] = machine["leftovers"][:MOST_LEFTOVERS]
@@ -45,6 +46,7 @@ def as_json(facts: Facts, findings: list[Finding]) -> dict[str, Any]:
         "cudnn": software.cudnn,
         "nccl": software.nccl,
         "driver": facts.graphics.driver,
+        "driver_error": facts.graphics.driver_error,
         "arch_list": list(software.arch_list),
         "gpus": [asdict(gpu) for gpu in facts.gpus],
         "compiling": dict(facts.compiling),

@@ -52,11 +52,21 @@ class Software:
 
 @dataclass(frozen=True)
 class Graphics:
-    """GPUs: ``torch_gpus`` are seen by PyTorch, ``driver_gpus`` by nvidia-smi; ``driver`` is None without a driver."""
+    """GPUs.
+
+    Attributes:
+        torch_gpus: those that PyTorch sees.
+        driver_gpus: those that nvidia-smi shows.
+        driver: version; None without a driver, or with one that does not answer.
+        driver_error: what nvidia-smi complained of; empty if it answered, or is not there.
+        device_files: such as ``/dev/nvidia0``: the kernel knows GPUs.
+    """
 
     torch_gpus: tuple[Gpu, ...] = ()
     driver_gpus: tuple[Gpu, ...] = ()
     driver: str | None = None
+    driver_error: str = ""
+    device_files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,8 @@ class Network:
         host: name of this host.
         addresses: what the host's name resolves to.
         variables: only those named in :mod:`vlscale.doctor.network`.
+        own_address: one that other hosts would see; empty if there is none but loopback.
+        lookup_s: how long the name of that address takes to be found, or to be found missing.
     """
 
     host: str
@@ -94,6 +106,8 @@ class Network:
     interfaces: tuple[Interface, ...] = ()
     infiniband: tuple[InfinibandPort, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
+    own_address: str = ""
+    lookup_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -167,7 +181,7 @@ class Machine:
         limits: ``open files``, ``locked memory``, ``processes`` -> (soft, hard), None for unlimited.
         shm_total, shm_free: bytes of /dev/shm; None if there is none.
         memory_available: bytes.
-        processes: training processes expected on this host.
+        processes: training processes expected on this host; assumed: no launcher told their number.
         user: id of the user who asks.
         unseen: processes of this user that cannot be looked into, so that what they use is unknown.
     """
@@ -178,6 +192,7 @@ class Machine:
     shm_free: int | None = None
     memory_available: int | None = None
     processes: int = 1
+    assumed: bool = False
     user: int = 0
     folders: tuple[Folder, ...] = ()
     leftovers: tuple[Leftover, ...] = ()

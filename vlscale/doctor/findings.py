@@ -68,6 +68,11 @@ def some(items: Sequence[str], shown: int = 5) -> str:
     return ", ".join(items[:shown]) + more
 
 
+def counted(count: int, what: str) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def size(count: int) -> str:
     """Bytes for people."""
     for unit, factor in (("GiB", GIB), ("MiB", MIB), ("KiB", 1 << 10)):

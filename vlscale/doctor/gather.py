@@ -12,8 +12,12 @@ from vlscale.doctor.facts import Facts
 from vlscale.doctor.network import network
 
 
-def gather() -> Facts:
-    """Look at this host; takes seconds, most of them for importing PyTorch."""
+def gather(processes: int | None = None) -> Facts:
+    """Look at this host; takes seconds, most of them for importing PyTorch.
+
+    Args:
+        processes: of a run on this host, where their number is known.
+    """
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for what the doctor says
         software, graphics = gpus.software(), gpus.graphics()
         wished = os.environ.get("DS_ACCELERATOR")
@@ -25,7 +29,7 @@ def gather() -> Facts:
             graphics=graphics,
             network=network(),
             building=system.building(),
-            machine=system.machine(len(known) if accelerator == "cuda" else 0),
+            machine=system.machine(len(known) if accelerator == "cuda" else 0, processes),
         )
         return facts if software.torch_error else _with_kernels(facts)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import platform
 import shutil
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import vlscale
 from vlscale.doctor.facts import Gpu, Graphics, Software
@@ -14,6 +16,7 @@ from vlscale.doctor.system import ask
 
 _FIELDS = ("name", "memory.total", "memory.used", "compute_mode", "driver_version", "compute_cap")
 _MOST = 64
+_DEVICES = Path("/dev")
 
 
 def software() -> Software:
@@ -38,11 +41,17 @@ def software() -> Software:
 
 def graphics() -> Graphics:
     """Look for GPUs, by way of the driver and of PyTorch."""
-    driver, seen = _driver_gpus()
-    try:
-        return Graphics(_torch_gpus(), seen, driver)
-    except Exception:  # PyTorch is broken, or its CUDA: told as "sees none"
-        return Graphics((), seen, driver)
+    driver, seen, error = _driver_gpus()
+    by_torch: tuple[Gpu, ...] = ()
+    with suppress(Exception):  # PyTorch is broken, or its CUDA: told as "sees none"
+        by_torch = _torch_gpus()
+    files = sorted(str(path) for path in _DEVICES.glob("nvidia[0-9]*"))
+    return Graphics(by_torch, seen, driver, error, tuple(files[:_MOST]))
+
+
+def processor() -> str:
+    """Name of the kind of CPU."""
+    return platform.processor() or platform.machine()
 
 
 def version_of(package: str) -> str | None:
@@ -65,22 +74,36 @@ def _torch_gpus() -> tuple[Gpu, ...]:
     return tuple(found)
 
 
-def _driver_gpus() -> tuple[str | None, tuple[Gpu, ...]]:
+def _driver_gpus() -> tuple[str | None, tuple[Gpu, ...], str]:
+    """The driver's version, its GPUs, and what nvidia-smi complained of."""
     if shutil.which("nvidia-smi") is None:
-        return None, ()
-    for fields in (_FIELDS, _FIELDS[:-1]):  # old drivers do not know compute_cap
-        status, said = ask(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"])
-        if status == 0:
-            return parse_smi(said)
-    return None, ()
+        return None, (), ""
+    status, said = _ask_smi(_FIELDS)
+    if status > 0 and f'"{_FIELDS[-1]}"' in said:  # old drivers do not know it, and name it
+        status, said = _ask_smi(_FIELDS[:-1])
+    driver, found = parse_smi(said)
+    if status == 0 and found:
+        return driver, found, ""
+    complaints = (line.strip() for line in said.splitlines() if line.strip() and _words(line) is None)
+    return driver, found, next(complaints, f"exit status {status}" if status else "")[:200]
+
+
+def _ask_smi(fields: tuple[str, ...]) -> tuple[int, str]:
+    return ask(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"])
+
+
+def _words(line: str) -> list[str] | None:
+    """The fields of a GPU's line; None if it is another line."""
+    words = [word.strip() for word in line.split(",")]
+    return words if len(words) in (len(_FIELDS), len(_FIELDS) - 1) else None
 
 
 def parse_smi(said: str) -> tuple[str | None, tuple[Gpu, ...]]:
     """Read what nvidia-smi prints: the driver's version, and the GPUs. Lines that are none are left out."""
     driver, found = None, []
     for line in said.splitlines()[:_MOST]:
-        words = [word.strip() for word in line.split(",")]
-        if len(words) not in (len(_FIELDS), len(_FIELDS) - 1) or not words[1].isdecimal():
+        words = _words(line)
+        if words is None or not words[1].isdecimal():
             continue
         name, total, used, mode, driver, *capability = words
         arch = f"sm_{capability[0].replace('.', '')}" if capability else ""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 from collections.abc import Callable
 from typing import Any
 
-from vlscale.doctor.gpus import version_of
+from vlscale.doctor.gpus import processor, version_of
 
 
 def compiling() -> dict[str, str]:
@@ -60,7 +59,7 @@ def _device(device: Any) -> dict[str, Any]:
     problems = {name: backends.problem(name, device) for name in backends.BACKENDS}
     chosen, architecture = backends.resolve_backend("auto", device), ""
     if device.type == "cpu":
-        name, attention = platform.processor() or platform.machine(), "padded, packed from 32 keys on (PyTorch)"
+        name, attention = processor(), "padded, packed from 32 keys on (PyTorch)"
     else:
         capability = torch.cuda.get_device_capability(device)
         architecture = f"sm_{capability[0]}{capability[1]}"

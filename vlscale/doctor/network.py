@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 import struct
 import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from vlscale.doctor.facts import InfinibandPort, Interface, Network
@@ -34,8 +38,14 @@ def network() -> Network:
     """Look at the network of this host."""
     # As vlscale.train.roll_call.host_name, which cannot be imported where PyTorch is broken.
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    variables = {name: os.environ[name][:LONGEST] for name in VARIABLES if name in os.environ}
-    return Network(host, addresses_of(host), interfaces(), infiniband(), variables)
+    addresses, found = addresses_of(host), interfaces()
+    own = outside((*addresses, *(interface.address for interface in found if interface.up)))
+    return Network(host, addresses, found, infiniband(), variables(), own, lookup_seconds(own) if own else 0.0)
+
+
+def variables() -> dict[str, str]:
+    """The named variables that are set."""
+    return {name: os.environ[name][:LONGEST] for name in VARIABLES if name in os.environ}
 
 
 def addresses_of(name: str) -> tuple[str, ...]:
@@ -43,15 +53,43 @@ def addresses_of(name: str) -> tuple[str, ...]:
     found: list[str] = []
 
     def resolve() -> None:
-        try:
+        with suppress(OSError, UnicodeError):
             found.extend(str(entry[4][0]) for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError):
-            return
 
-    thread = threading.Thread(target=resolve, daemon=True)  # a resolver has no time-out of its own
+    _resolved(resolve)
+    return tuple(dict.fromkeys(found))
+
+
+def outside(addresses: Iterable[str]) -> str:
+    """The first address that other hosts may see; empty if there is none."""
+    return next((one for one in addresses if one and not is_loopback(one)), "")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address leads back to its own host; False for what is none."""
+    try:
+        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def lookup_seconds(address: str) -> float:
+    """How long the resolver looks for the name of an address, whether it finds one or not; 3 s at most."""
+
+    def resolve() -> None:
+        with suppress(OSError, UnicodeError):
+            socket.getnameinfo((address, 0), socket.NI_NUMERICSERV)
+
+    return _resolved(resolve)
+
+
+def _resolved(resolve: Callable[[], None]) -> float:
+    """Ask the resolver, which has no time-out of its own; returns the seconds it took."""
+    start = time.perf_counter()
+    thread = threading.Thread(target=resolve, daemon=True)
     thread.start()
     thread.join(_RESOLVING_S)
-    return tuple(dict.fromkeys(found))
+    return time.perf_counter() - start
 
 
 def interfaces(folder: Path = _NET) -> tuple[Interface, ...]:

@@ -38,7 +38,9 @@ def variables(environment: Mapping[str, str]) -> dict[str, str]:
     for name, value in numbers.items():
         if not re.fullmatch(r"\d{1,9}", value):
             raise VlscaleError(f"Slurm's value for {name} is {value!r}, expected a number; start otherwise: {START}")
-    port = 20000 + (int(numbers.pop("SLURM_JOB_ID")) + int(step)) % 12000  # below those that Linux gives out by itself
+    # Below those that Linux gives out by itself, as in launch/slurm/train.sh. That takes the job's id alone; here the
+    # step counts as well, as the doctor may run beside a training of the same job, whose store it must not meet.
+    port = 20000 + (int(numbers.pop("SLURM_JOB_ID")) + int(step)) % 12000
     return {
         **numbers,
         "LOCAL_WORLD_SIZE": str(environment.get("SLURM_GTIDS", "").count(",") + 1),

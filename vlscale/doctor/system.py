@@ -44,8 +44,14 @@ def ask(command: list[str], stdin: str = "") -> tuple[int, str]:
     return done.returncode, (done.stdout + done.stderr)[:_OUTPUT]
 
 
-def machine(gpus: int) -> Machine:
-    """Look at the operating system; ``gpus``: one process is expected on each, and two where there is none."""
+def machine(gpus: int, processes: int | None = None) -> Machine:
+    """Look at the operating system.
+
+    Args:
+        gpus: where nobody tells otherwise, one process is assumed on each, and two where there is none.
+        processes: of this run on this host; None leaves it to the launcher's variable.
+    """
+    told = processes or _told_processes()
     leftovers, unseen = scan(SHM, Path(tempfile.gettempdir()))
     total, free = _room(SHM)
     return Machine(
@@ -54,7 +60,8 @@ def machine(gpus: int) -> Machine:
         shm_total=total,
         shm_free=free,
         memory_available=_memory_available(),
-        processes=_processes(gpus),
+        processes=told or max(gpus, 2),
+        assumed=told is None,
         user=os.getuid(),
         folders=_folders(),
         leftovers=tuple(leftovers),
@@ -158,9 +165,9 @@ def _memory_available() -> int | None:
     return int(found[1]) << 10 if found else None
 
 
-def _processes(gpus: int) -> int:
+def _told_processes() -> int | None:
     told = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return int(told) if told.isdecimal() and 0 < int(told) < 1 << 12 else max(gpus, 2)
+    return int(told) if told.isdecimal() and 0 < int(told) < 1 << 12 else None
 
 
 def _folders() -> tuple[Folder, ...]:

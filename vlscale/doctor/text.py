@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from vlscale.doctor.findings import Finding, some
+from vlscale.doctor.findings import Finding, counted, some
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +37,7 @@ def show(findings: Sequence[Finding], out: Console) -> None:
         for finding in group:
             show_finding(finding, width, out)
     count = Counter(finding.state for finding in findings)
-    _line(out, f"{count['ok']} ok, {count['warning']} warnings, {count['failed']} failed")
+    _line(out, f"{count['ok']} ok, {counted(count['warning'], 'warning')}, {count['failed']} failed")
 
 
 def show_finding(finding: Finding, width: int, out: Console) -> None:
