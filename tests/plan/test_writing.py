@@ -8,7 +8,7 @@ import pytest
 
 from vlscale.config import load_recipe
 from vlscale.errors import VlscaleError
-from vlscale.plan.writing import with_tokens, write_budget
+from vlscale.plan.writing import check_overrides, with_tokens, write_budget
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,3 +46,18 @@ def test_what_is_not_understood_is_left_alone(tmp_path: Path) -> None:
         write_budget(odd, target, 8, overwrite=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd.yaml", "out.yaml"]
     assert target.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model.config.hidden_size=256", "batch.mode=packed", "activation_checkpointing=full",
+     "data.datasets.0.mix={mlm: 1}", "data.max_regions=3", "optimizer={lr: 1}"],
+)  # fmt: skip
+def test_a_budget_found_under_overrides_that_the_file_lacks_is_refused(override: str) -> None:
+    with pytest.raises(VlscaleError, match="which the file does not say") as caught:
+        check_overrides(("schedule.total_steps=9", override))
+    assert f"--set {override}," in str(caught.value)
+
+
+def test_overrides_that_change_no_budget_are_no_matter() -> None:
+    check_overrides(("data.datasets.0.root=/elsewhere", "data.workers=0", "schedule.total_steps=9", "seed=3"))

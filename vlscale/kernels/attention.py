@@ -26,7 +26,8 @@ from vlscale.ragged import owners
 
 Backend = Literal["auto", "padded", "packed"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
-_PER_EXAMPLE_FROM = 32  # keys; below, the calls cost more than the padding (one thread, widths 128 and 768)
+PER_EXAMPLE_FROM = 32
+"""Keys from which ``auto`` packs on a CPU; below, calls cost more than padding (one thread, widths 128 and 768)."""
 _BOTTOM_RIGHT = 2  # custom_mask_type of the memory-efficient kernel
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
@@ -79,7 +80,7 @@ def attention(
     if k.shape[0] == 0:
         return torch.zeros_like(q)
     if backend == "auto":
-        packs = _varlen_problem(q, k, v) is None if q.is_cuda else max_k >= _PER_EXAMPLE_FROM
+        packs = _varlen_problem(q, k, v) is None if q.is_cuda else max_k >= PER_EXAMPLE_FROM
         backend = "packed" if packs else "padded"
     if backend == "padded":
         return _padded(q, k, v, cu_q, cu_k, max_q, max_k, causal, dropout_p)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import torch
+
+Name = TypeVar("Name", bound=Hashable)
 
 _LONG_S, _VERY_LONG_S = 0.05, 1.0
 """Seconds from which a call is measured twice, and once."""
@@ -53,8 +56,8 @@ class Clock:
         return seconds if seconds > _VERY_LONG_S else self.seconds(call)
 
     def least(
-        self, calls: Mapping[str, Callable[[], object]], rounds: int = 3, least_s: float = 0.0, most: int = 50
-    ) -> dict[str, float]:
+        self, calls: Mapping[Name, Callable[[], object]], rounds: int = 3, least_s: float = 0.0, most: int = 50
+    ) -> dict[Name, float]:
         """Return the least seconds of each call, measured in turns, after an unmeasured call of each.
 
         The least, because whatever else runs on the machine can only add. Long calls are measured once or twice.

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu", metavar="NAME",
         help="v100-16, v100-32, a100-40, a100-80, h100, h200, FILE.yaml of your own (vlscale/plan/gpus.yaml), or here: "
-        "the machine that --calibration was measured on",
+        "this machine, one process on it, as --calibration was measured",
     )  # fmt: skip
     parser.add_argument("--gpus", metavar="N[,N]", help="number of GPUs; several with --sweep (--probe: default 1)")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a value of the recipe")
@@ -60,9 +60,9 @@ def run(args: argparse.Namespace) -> int:
     numbers = _numbers(args.gpus)
     if len(numbers) > 1 and not args.sweep:
         raise VlscaleError(f"--gpus {args.gpus}: several numbers need --sweep")
-    from vlscale.plan.gpus import load_gpu
+    from vlscale.plan.gpus import HERE, load_gpu
 
-    gpu = None if args.gpu == "here" else load_gpu(args.gpu)
+    gpu = None if args.gpu == HERE else load_gpu(args.gpu)
     if args.plot is not None:
         from vlscale.plan.picture import check_plot
 
@@ -111,7 +111,7 @@ def _answer(args: argparse.Namespace, job: Job, numbers: list[int], assumptions:
     found: dict[str, Any]
     if args.sweep:
         points = sweep(job, source, numbers, assumptions)
-        lines = assumptions.describe(source.assumed)
+        lines = assumptions.describe(source.assumed, max(numbers) > 1)
         found = {"sweep": [point.to_json() for point in points], "assumptions": lines}
         fits = any(point.prediction is not None and point.prediction.memory.fits for point in points)
     else:

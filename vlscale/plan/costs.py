@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlscale.config import Recipe
+from vlscale.kernels.attention import PER_EXAMPLE_FROM
 from vlscale.models.uniter import BOX_WIDTH, UniterConfig
 from vlscale.plan.activations import Load, checkpointed
 from vlscale.plan.calibration import Attention, Calibration
@@ -14,9 +15,6 @@ from vlscale.plan.model import tensor_count
 _LOSSES = {"mlm": "entropy", "mrc": "entropy", "mrckl": "divergence", "mrfr": "square", "itm": "entropy"}
 _JOINT_COPIES = 4
 """Additions' worth of copying when text and regions are laid into one sequence, forward and backward."""
-
-_PACKED_FROM = 32
-"""Longest example from which on a CPU attends to examples one by one."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ class Costs:
         """Whether attention pads: short examples on a CPU do, see :func:`vlscale.kernels.attention.attention`."""
         if self._config.attention_backend != "auto":
             return self._config.attention_backend == "padded"
-        return self._found.machine.kind == "cpu" and load.longest < _PACKED_FROM
+        return self._found.machine.kind == "cpu" and load.longest < PER_EXAMPLE_FROM
 
     def _embeddings(self, load: Load) -> float:
         found, config = self._found, self._config

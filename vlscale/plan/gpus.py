@@ -13,6 +13,8 @@ from vlscale.config_yaml import RecipeLoader
 from vlscale.errors import VlscaleError, nearest
 
 TABLE = Path(__file__).with_name("gpus.yaml")
+HERE = "here"
+"""Instead of a name: this machine, as a calibration describes it."""
 _MAX_BYTES = 1 << 16
 
 

@@ -19,6 +19,8 @@ from vlscale.train.ds_config import BUCKET_ELEMENTS, DeepSpeedSettings
 GIB = 2**30
 CONTEXT_GIB = 0.6
 """Assumed: CUDA context, cuBLAS workspaces and NCCL's buffers of one process."""
+NCCL_GIB = 0.3
+"""Assumed: NCCL's share of that, where a process has others to talk to."""
 FRAGMENTATION = 0.05
 """Assumed: share of all activations that the allocator loses to fragmentation."""
 _LIVE, _REUSE, _PREFETCH = 1_000_000_000, 1_000_000_000, 50_000_000
@@ -221,6 +223,47 @@ def memory_bytes(
     always = states.weights + states.gradients + states.optimizer + states.buckets
     peak = always + reserve + inputs + max(states.gathered + activations.peak, states.step_copy)
     return MemoryBytes(states, activations, load.task, inputs, reserve, peak, capacity)
+
+
+@dataclass(frozen=True)
+class Withheld:
+    """Bytes of a real run that a trial in one process does not take, and that it must therefore leave.
+
+    Attributes:
+        buckets: buffers of reductions and of the all-gather.
+        gradients: in bf16, which DeepSpeed's BF16_Optimizer keeps beside the accumulated ones.
+        nccl: of communication, assumed; fragmentation: of the allocator, assumed.
+    """
+
+    buckets: float = 0.0
+    gradients: float = 0.0
+    nccl: float = 0.0
+    fragmentation: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.buckets + self.gradients + self.nccl + self.fragmentation
+
+    def describe(self) -> str:
+        """Return its parts in words, GiB; those of nothing are left out."""
+        words = {
+            "buckets": "reduction buckets", "gradients": "bf16 gradients", "nccl": "NCCL (assumed)",
+            "fragmentation": "fragmentation (assumed)",
+        }  # fmt: skip
+        parts = [f"{value / GIB:.3f} for {words[name]}" for name, value in vars(self).items() if value]
+        return " + ".join(parts)
+
+
+def withheld_bytes(zero: Zero, sizes: tuple[int, int], gpus: int, limit: float, cpu: bool) -> Withheld:
+    """Return what one process of a probe has to leave of ``limit`` bytes; see :func:`memory_bytes`."""
+    states = state_bytes(zero, *sizes, gpus)
+    gradients = float(WIDTH_BYTES[zero.precision] * sizes[0]) if zero.whole_bf16 else 0.0
+    if cpu:
+        return Withheld(states.buckets, gradients)
+    nccl = NCCL_GIB * GIB if gpus > 1 else 0.0
+    left = limit - states.model_states - states.buckets - nccl
+    return Withheld(states.buckets, gradients, nccl, max(0.0, left) * FRAGMENTATION / (1 + FRAGMENTATION))
 
 
 MemoryOf = Callable[[Zero, str, float], MemoryBytes]

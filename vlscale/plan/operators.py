@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from vlscale.plan.memory import Zero
 from vlscale.plan.trial import DTYPES, FlatStates
 
 Call = Callable[[], object]
+Key = tuple[str | int, ...]
+"""Which computation of an operation, and its sizes."""
 WIDTHS = {"cpu": (64, 128, 256, 512, 768, 1024), "cuda": (128, 256, 512, 768, 1024, 2048)}
 ROWS = {"cpu": (16, 128, 1024, 3072), "cuda": (64, 512, 4096, 16384)}
 ELEMENTS = {
@@ -53,28 +56,26 @@ class Operators:
         self._config, self._device, self._dtype = config, device, DTYPES[precision]
         self.clock = Clock(device)
         self._kind = device.type
-        self._least_so_far: dict[tuple[str, str], float] = {}
+        self._least_so_far: dict[tuple[str, Key], float] = {}
 
     def products(self) -> tuple[Surface, Surface, Surface]:
         """Seconds of a projection, of the gradient of its input, and of that of its weight."""
-        calls: dict[str, Call] = {}
-        for width in WIDTHS[self._kind]:
+        widths, heights = WIDTHS[self._kind], ROWS[self._kind]
+        calls: dict[Key, Call] = {}
+        for width in widths:
             weight, bias = self._draw(width, width), self._draw(width)
-            for rows in ROWS[self._kind]:
-                x, g = self._draw(rows, width), self._draw(rows, width)
-                calls[f"0 {width} {rows}"] = lambda x=x, w=weight, b=bias: F.linear(x, w, b)  # type: ignore[misc]
-                calls[f"1 {width} {rows}"] = lambda g=g, w=weight: g.mm(w)  # type: ignore[misc]
-                calls[f"2 {width} {rows}"] = lambda g=g, x=x: (g.t().mm(x), g.sum(0))  # type: ignore[misc]
+            for rows in heights:
+                x, gradient = self._draw(rows, width), self._draw(rows, width)
+                calls["forward", width, rows] = partial(F.linear, x, weight, bias)
+                calls["input", width, rows] = partial(torch.mm, gradient, weight)
+                calls["weight", width, rows] = partial(_weight_gradient, gradient, x)
         found = self._least("products", calls)
-        rows_of = ROWS[self._kind]
-        made = []
-        for kind in range(3):
-            curves = [
-                Curve(sizes=rows_of, seconds=[found[f"{kind} {width} {rows}"] for rows in rows_of])
-                for width in WIDTHS[self._kind]
-            ]
-            made.append(Surface(widths=WIDTHS[self._kind], curves=curves))
-        return made[0], made[1], made[2]
+
+        def surface(kind: str) -> Surface:
+            seconds = [[found[kind, width, rows] for rows in heights] for width in widths]
+            return Surface(widths=widths, curves=[Curve(sizes=heights, seconds=times) for times in seconds])
+
+        return surface("forward"), surface("input"), surface("weight")
 
     def norm(self) -> Passes:
         """Dropout, residual sum and LayerNorm."""
@@ -98,34 +99,34 @@ class Operators:
 
     def copy(self) -> Curve:
         """An addition of two tensors into a third."""
-        calls: dict[str, Call] = {}
-        for size in ELEMENTS[self._kind]:
-            x, y = self._draw(size), self._draw(size)
-            calls[str(size)] = lambda x=x, y=y: x + y  # type: ignore[misc]
-        return self._curve("copy", ELEMENTS[self._kind], calls)
+        sizes = ELEMENTS[self._kind]
+        return self._curve("copy", {size: partial(torch.add, self._draw(size), self._draw(size)) for size in sizes})
 
     def attention(self) -> Attention:
         """Attention over examples of three lengths, packed and padded, at the model's width and at others."""
         config = self._config
         each = config.hidden_size // config.num_attention_heads
         widths = sorted({each * heads for heads in (2, 4, 12, 16, config.num_attention_heads)})
-        calls: dict[str, Call] = {}
-        for backend, lengths in self._backends().items():
+        packed = "packed" if self._kind == "cpu" else "auto"
+        calls: dict[Key, Call] = {}
+        for backend, lengths in ((packed, LENGTHS), ("padded", SHORT_LENGTHS)):
             for width in widths:
                 for length in lengths:
                     forward, both = self._attend(width, each, length, backend)
-                    calls[f"{backend} 0 {width} {length}"], calls[f"{backend} 1 {width} {length}"] = forward, both
+                    calls[backend, "forward", width, length], calls[backend, "both", width, length] = forward, both
         found = self._least("attention", calls)
-        fits = []
-        for backend, lengths in self._backends().items():
-            for kind in range(2):
-                of_width = [[found[f"{backend} {kind} {width} {length}"] for length in lengths] for width in widths]
-                fits.append([self._quadratic(times, lengths) for times in of_width])
-        return Attention(widths=widths, forward=fits[0], both=fits[1], padded_forward=fits[2], padded_both=fits[3])
 
-    def _backends(self) -> dict[str, tuple[int, ...]]:
-        packed = "packed" if self._kind == "cpu" else "auto"
-        return {packed: LENGTHS, "padded": SHORT_LENGTHS}
+        def fits(backend: str, kind: str, lengths: tuple[int, ...]) -> list[tuple[float, float, float]]:
+            seconds = [[found[backend, kind, width, length] for length in lengths] for width in widths]
+            return [self._quadratic(times, lengths) for times in seconds]
+
+        return Attention(
+            widths=widths,
+            forward=fits(packed, "forward", LENGTHS),
+            both=fits(packed, "both", LENGTHS),
+            padded_forward=fits("padded", "forward", SHORT_LENGTHS),
+            padded_both=fits("padded", "both", SHORT_LENGTHS),
+        )
 
     def _attend(self, width: int, each: int, length: int, backend: str) -> tuple[Call, Call]:
         examples = POSITIONS[self._kind] // length
@@ -141,7 +142,7 @@ class Operators:
             mixed = attention(q, k, v, bounds, bounds, most, most, dropout_p=rate, backend=backend)
             return mixed.reshape(rows, width)
 
-        return forward, lambda: torch.autograd.grad(forward(), qkv, gradient)
+        return forward, partial(_gradient, forward, [qkv], gradient)
 
     def _quadratic(self, times: Sequence[float], lengths: Sequence[int]) -> tuple[float, float, float]:
         examples = [POSITIONS[self._kind] // length for length in lengths]
@@ -169,44 +170,39 @@ class Operators:
             "square": (square, self._config.feature_dim),
         }
         sizes = ELEMENTS[self._kind]
-        calls: dict[str, Call] = {}
+        calls: dict[Key, Call] = {}
         for name, (loss, width) in kinds.items():
             for size in sizes:
                 logits = self._leaf(max(1, size // width), width)
                 other = torch.rand(logits.shape, device=self._device)
-                calls[f"{name} {size}"] = lambda loss=loss, x=logits, y=other: torch.autograd.grad(  # type: ignore[misc]
-                    loss(x.float(), y), x
-                )
+                calls[name, size] = partial(_loss_gradient, loss, logits, other)
         found = self._least("losses", calls)
-        return {name: Curve(sizes=sizes, seconds=[found[f"{name} {size}"] for size in sizes]) for name in kinds}
+        return {name: Curve(sizes=sizes, seconds=[found[name, size] for size in sizes]) for name in kinds}
 
     def table(self) -> Curve:
         """Gradient of a table of vectors, of which a few rows are looked up."""
         width = self._config.hidden_size
         ids = torch.arange(8, device=self._device)
-        calls: dict[str, Call] = {}
-        for size in STATES[self._kind]:
-            rows = self._leaf(max(8, size // width), width)
-            calls[str(size)] = lambda rows=rows: torch.autograd.grad(  # type: ignore[misc]
-                F.embedding(ids, rows).float().sum(), rows
-            )
-        return self._curve("table", STATES[self._kind], calls)
+        sizes = STATES[self._kind]
+        tables = {size: self._leaf(max(8, size // width), width) for size in sizes}
+        return self._curve("table", {size: partial(_table_gradient, ids, table) for size, table in tables.items()})
 
     def states(self, recipe: Recipe, zero: Zero) -> tuple[Curve, Curve, float]:
         """Accumulating gradients and updating weights over their number, and seconds per tensor of accumulating."""
         zero = Zero(max(1, zero.stage), zero.precision, zero.accumulation_bytes, zero.communication_bytes)
-        calls: dict[str, Call] = {}
+        calls: dict[Key, Call] = {}
         sizes = STATES[self._kind]
         for size in sizes:
-            flat, parameter = self._flat(recipe, zero, [size])
-            gradient = torch.zeros_like(parameter[0])
-            calls[f"0 {size}"] = _accumulation(flat, parameter, gradient)
-            calls[f"1 {size}"] = flat.step
-        many, parameters = self._flat(recipe, zero, [64] * 100)
-        calls["many"] = _accumulation(many, parameters, torch.zeros_like(parameters[0]))
+            flat, parameters = self._flat(recipe, zero, [size])
+            calls["accumulate", size] = partial(_accumulate, flat, parameters, torch.zeros_like(parameters[0]))
+            calls["update", size] = flat.step
+        flat, parameters = self._flat(recipe, zero, [64] * 100)
+        calls["tensors", 100] = partial(_accumulate, flat, parameters, torch.zeros_like(parameters[0]))
         found = self._least("states", calls)
-        accumulate, update = (Curve(sizes=sizes, seconds=[found[f"{k} {size}"] for size in sizes]) for k in (0, 1))
-        return accumulate, update, found["many"] / 100
+        accumulate, update = (
+            Curve(sizes=sizes, seconds=[found[kind, size] for size in sizes]) for kind in ("accumulate", "update")
+        )
+        return accumulate, update, found["tensors", 100] / 100
 
     def _flat(self, recipe: Recipe, zero: Zero, sizes: Sequence[int]) -> tuple[FlatStates, list[nn.Parameter]]:
         holder = nn.Module()
@@ -215,47 +211,46 @@ class Operators:
 
     def transport(self, section: WraSection) -> tuple[float, float, float]:
         """Seconds per example, per cell and iteration, and per cell and unit of width; forward and backward."""
-        calls: dict[str, Call] = {}
+        calls: dict[Key, Call] = {}
         rows = []
-        for number, (words, regions, iterations, wider) in enumerate(CELLS):
+        for words, regions, iterations, wider in CELLS:
             width = self._config.hidden_size * wider
             x, y = (self._leaf(_EXAMPLES * length, width) for length in (words, regions))
             cu_x, cu_y = (
                 torch.arange(0, _EXAMPLES * length + 1, length, dtype=torch.int32, device=self._device)
                 for length in (words, regions)
             )
-            settings: dict[str, Any] = {
-                "beta": section.beta, "iterations": iterations, "backend": section.backend,
-                "max_words": words, "max_regions": regions,
-            }  # fmt: skip
-            calls[str(number)] = lambda x=x, y=y, cu_x=cu_x, cu_y=cu_y, s=settings: torch.autograd.grad(  # type: ignore[misc]
-                ipot_distance(x, y, cu_x, cu_y, **s).sum(), (x, y)
-            )
+            distance = partial(
+                ipot_distance, x, y, cu_x, cu_y, beta=section.beta, iterations=iterations, backend=section.backend,
+                max_words=words, max_regions=regions,
+            )  # fmt: skip
+            calls[words, regions, iterations, wider] = partial(_gradient_of_sum, distance, (x, y))
             cells = _EXAMPLES * words * regions
             rows.append([_EXAMPLES, cells * iterations, cells * width])
         times = self._least("transport", calls)
-        seconds = np.array([times[name] for name in calls])
+        seconds = np.array(list(times.values()))
         scaled = np.array(rows, np.float64) / seconds[:, None]  # relative errors count alike
         fit = np.linalg.lstsq(scaled, np.ones(len(seconds)), rcond=None)[0].clip(min=0.0)
         return float(fit[0]), float(fit[1]), float(fit[2])
 
     def _passes(self, name: str, call: Callable[[int], tuple[list[Tensor], Callable[[], Tensor]]]) -> Passes:
-        calls: dict[str, Call] = {}
+        calls: dict[Key, Call] = {}
         sizes = ELEMENTS[self._kind]
         for size in sizes:
             leaves, forward = call(size)
-            gradient = torch.ones_like(forward())
-            calls[f"0 {size}"] = forward
-            calls[f"1 {size}"] = lambda f=forward, x=leaves, g=gradient: torch.autograd.grad(f(), x, g)  # type: ignore[misc]
+            calls["forward", size] = forward
+            calls["both", size] = partial(_gradient, forward, leaves, torch.ones_like(forward()))
         found = self._least(name, calls)
-        forward_curve, both = (Curve(sizes=sizes, seconds=[found[f"{k} {size}"] for size in sizes]) for k in (0, 1))
-        return Passes(forward=forward_curve, both=both)
+        return Passes(
+            forward=Curve(sizes=sizes, seconds=[found["forward", size] for size in sizes]),
+            both=Curve(sizes=sizes, seconds=[found["both", size] for size in sizes]),
+        )
 
-    def _curve(self, name: str, sizes: Sequence[int], calls: dict[str, Call]) -> Curve:
-        found = self._least(name, calls)
-        return Curve(sizes=sizes, seconds=[found[str(size)] for size in sizes])
+    def _curve(self, name: str, calls: dict[int, Call]) -> Curve:
+        found = self._least(name, {("all", size): call for size, call in calls.items()})
+        return Curve(sizes=tuple(calls), seconds=tuple(found.values()))
 
-    def _least(self, name: str, calls: dict[str, Call]) -> dict[str, float]:
+    def _least(self, name: str, calls: dict[Key, Call]) -> dict[Key, float]:
         """Least seconds of each call, those of earlier passes included."""
         found = self.clock.least(calls, ROUNDS, LEAST_S, 10 if self._kind == "cuda" else 50)
         for key, seconds in found.items():
@@ -270,12 +265,29 @@ class Operators:
         return self._draw(*shape).requires_grad_()
 
 
-def _accumulation(flat: FlatStates, parameters: Sequence[nn.Parameter], gradient: Tensor) -> Call:
+def _weight_gradient(gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a projection's weight and bias."""
+    return gradient.t().mm(x), gradient.sum(0)
+
+
+def _gradient(forward: Callable[[], Tensor], leaves: Sequence[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(forward(), leaves, gradient)
+
+
+def _gradient_of_sum(forward: Callable[[], Tensor], leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(forward().sum(), leaves)
+
+
+def _loss_gradient(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, other: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss(logits.float(), other), logits)
+
+
+def _table_gradient(ids: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(F.embedding(ids, table).float().sum(), table)
+
+
+def _accumulate(flat: FlatStates, parameters: Sequence[nn.Parameter], gradient: Tensor) -> None:
     """A micro-step's end: every parameter has the gradient, which is added to the accumulator."""
-
-    def call() -> None:
-        for parameter in parameters:
-            parameter.grad = gradient
-        flat.accumulate()
-
-    return call
+    for parameter in parameters:
+        parameter.grad = gradient
+    flat.accumulate()

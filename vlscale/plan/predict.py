@@ -60,21 +60,41 @@ class Assumptions:
     links: Links = field(default_factory=Links)
     measured: Calibration | None = None
 
-    def describe(self, assumed_lengths: bool) -> list[str]:
-        """Return one line per assumption."""
-        links = self.links
+    @property
+    def on_cpu(self) -> bool:
+        """Whether a CPU was measured, and so is what is planned for."""
+        return self.measured is not None and self.measured.machine.kind == "cpu"
+
+    def describe(self, assumed_lengths: bool, several: bool = True) -> list[str]:
+        """Return one line per assumption.
+
+        Args:
+            assumed_lengths: the lengths are assumed, too; several: there is more than one GPU.
+        """
         lines = [
             *self._speeds(),
             f"ZeRO stage 3 delays each layer by {self.zero3_fetch_s * 1e6:g} microseconds per pass, for its hooks",
+            *(self._communication() if several else []),
+            *([] if self.on_cpu else self._of_cuda()),
+            "data are always ready; evaluation, checkpoints and skipped steps take no time",
+        ]
+        return [*lines, ASSUMED] if assumed_lengths else lines
+
+    def _communication(self) -> list[str]:
+        links = self.links
+        return [
             f"transfers reach {links.link_efficiency:.0%} of NVLink and {links.network_efficiency:.0%} of the network, "
             f"a hop takes {links.link_latency_s * 1e6:g} and {links.network_latency_s * 1e6:g} microseconds",
+        ]
+
+    def _of_cuda(self) -> list[str]:
+        """What is assumed of a GPU's memory."""
+        return [
             f"{CONTEXT_GIB:g} GiB for CUDA context, cuBLAS and NCCL, and {FRAGMENTATION:.0%} of activations lost to "
             f"fragmentation",
             "activations on CUDA: measured on a CPU, with dropout masks of one byte and without the CPU's copy of the "
             "attention's output",
-            "data are always ready; evaluation, checkpoints and skipped steps take no time",
         ]
-        return [*lines, ASSUMED] if assumed_lengths else lines
 
     def _speeds(self) -> list[str]:
         """How fast the operations are, where that is not measured."""
@@ -152,6 +172,13 @@ class Prediction:
         return self.workload.mean("tokens") / self.step_s
 
     @property
+    def peak_flops(self) -> float:
+        """FLOP/s of one GPU that the MFU is a share of."""
+        peak = self.job.gpu.peak(self.job.zero.precision)  # type: ignore[arg-type]
+        assert peak is not None, "predict() refuses a precision that the GPU lacks"
+        return peak
+
+    @property
     def days(self) -> float:
         """Days for the recipe's schedule."""
         return self.step_s * self.job.recipe.schedule.total_steps / 86400
@@ -194,6 +221,7 @@ class Prediction:
                 "step_s": self.step_s,
                 "tokens_per_s": self.tokens_per_s,
                 "mfu": self.mfu,
+                "peak_flops": self.peak_flops,
                 "days": self.days,
                 "gpu_hours": self.gpu_hours,
             },
@@ -228,7 +256,8 @@ def predict(job: Job, planner: Planner, assumptions: Assumptions | None = None) 
 
     def memory_of(changed: Zero, policy: str, tokens: float) -> MemoryBytes:
         loads = [task.load(tokens) for task in workload.tasks]
-        return memory_bytes(changed, config, sizes, job.gpus, loads, policy, gpu.memory_gib * GIB)
+        capacity = gpu.memory_gib * GIB
+        return memory_bytes(changed, config, sizes, job.gpus, loads, policy, capacity, assumptions.on_cpu)
 
     memory = memory_of(zero, job.checkpointing, workload.most)
     compute, recompute = compute_seconds(config, workload, job, peak, assumptions)
@@ -246,7 +275,8 @@ def predict(job: Job, planner: Planner, assumptions: Assumptions | None = None) 
     return Prediction(
         job, sizes[0], workload, memory, traffic, flops, flops / tokens, compute, recompute, busiest - compute, update,
         step, flops / (step * job.gpus * peak),
-        cures(memory_of, zero, job.checkpointing, job.gpus, workload.most), assumptions.describe(workload.assumed),
+        cures(memory_of, zero, job.checkpointing, job.gpus, workload.most),
+        assumptions.describe(workload.assumed, job.gpus > 1),
         [] if assumptions.measured is None else assumptions.measured.describe(),
     )  # fmt: skip
 

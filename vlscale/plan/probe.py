@@ -8,7 +8,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,19 +18,17 @@ from vlscale.data.deal import accumulation
 from vlscale.data.plan import Plan
 from vlscale.errors import VlscaleError
 from vlscale.plan.clock import Clock
-from vlscale.plan.memory import GIB, MemoryBytes, Zero, cures, memory_bytes
+from vlscale.plan.ladder import Found, Ladder
+from vlscale.plan.memory import GIB, MemoryBytes, Zero, cures, memory_bytes, withheld_bytes
 from vlscale.plan.model import model_sizes
 from vlscale.plan.sample import Sampler
-from vlscale.plan.trial import Trial, peak_of
+from vlscale.plan.trial import Trial, peak_of, ran_out
 from vlscale.plan.workload import Planner, Source, TaskWork, Workload, least_ceiling
 
-MARGIN = 0.97
-"""Share of the room beyond the states that a budget found by a line through two peaks may take."""
-CLOSE = 0.03
-"""The search ends where the largest budget that fits and the least that does not are so close."""
 _FIRST, _SIZING = 1024, 256
 """Tokens of the first trial, and of the micro-batches that tell how long a longer one will take."""
 _ROUNDS = 3
+STAGE_3 = "ZeRO stage 3 was measured with whole weights on the GPU; the real run needs less memory and fetches weights"
 
 
 @dataclass
@@ -52,26 +50,6 @@ class Allowance:
     def total(self) -> float:
         """Seconds left."""
         return self.total_s - (time.monotonic() - self._began)
-
-
-@dataclass(frozen=True)
-class Found:
-    """The largest budget.
-
-    Attributes:
-        tokens: ``batch.micro_batch_tokens``; predicted: what the memory model said beforehand.
-        tried: (tokens, peak bytes or None where memory ran out) in the order of the trials.
-        bounded: ``memory``; ``step`` where a whole step already fits, so that more would change nothing.
-        extrapolated: the budget itself was not run, it would have taken too long.
-        limit: bytes that were there.
-    """
-
-    tokens: int
-    predicted: int
-    tried: tuple[tuple[int, float | None], ...]
-    bounded: str
-    extrapolated: bool
-    limit: float
 
 
 @dataclass(frozen=True)
@@ -141,10 +119,11 @@ class Probe:
             )
         self.planner = Planner(recipe, source)
         self._sampler = Sampler(self.planner)
+        self._withheld = withheld_bytes(zero, model_sizes(source.config), gpus, limit, device.type == "cpu")
         self._heaviest = max(self.planner.tasks, key=lambda task: self._memory(task, _FIRST).activations.peak)
 
     def search(self) -> Found:
-        """Find the largest budget.
+        """Find the largest budget; where a whole step fits, the recipe's own if that is larger.
 
         Raises:
             VlscaleError: not even the least micro-batch fits; what to change is named.
@@ -152,14 +131,19 @@ class Probe:
         floor = least_ceiling(self.planner.plan)
         if self._device.type == "cpu" and not self._memory(self._heaviest, floor).fits:
             raise self._too_large(f"the states and a micro-batch of {floor} tokens, the least,")
-        return self._search(self._trial)
+        found = self._search(self._trial)
+        if found.bounded == "step":
+            found = dataclasses.replace(found, tokens=max(found.tokens, self.recipe.batch.micro_batch_tokens))
+        return found
 
     @cached_property
     def _trial(self) -> Trial:
         config, objectives = self.source.config, self._sampler.objectives
         try:
             return Trial(self.recipe, config, objectives, self.zero, self.gpus, self._device)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             raise self._too_large("the model's states") from None
 
     def _memory(self, task: TaskWork, tokens: float, zero: Zero | None = None, policy: str = "") -> MemoryBytes:
@@ -178,16 +162,17 @@ class Probe:
         policy = self.recipe.activation_checkpointing
         named = [c for c in cures(memory_of, self.zero, policy, self.gpus, least) if "micro_batch_tokens" not in c]
         change = "; ".join(named) or "a smaller model, or more memory"
+        parts = self._withheld.describe()
         return VlscaleError(
-            f"--probe: recipe {self.recipe.name} does not fit: {what} exceed the {self._limit / GIB:.2f} GiB at hand; "
-            f"change: {change}"
+            f"--probe: recipe {self.recipe.name} does not fit: {what} exceed the {self._limit / GIB:.2f} GiB at hand"
+            f"{f' (GiB a run needs beside: {parts})' if parts else ''}; change: {change}"
         )
 
     def _search(self, trial: Trial) -> Found:
         floor = least_ceiling(self.planner.plan)
         cap = max(floor, whole_step(self.planner.plan, self.gpus))
         predicted = self._predicted(floor, cap)
-        ladder = Ladder(floor, cap, self._limit, self._slope(floor))
+        ladder = Ladder(floor, cap, self._limit, self._withheld, self._slope(floor))
         tokens = min(max(floor, _FIRST), predicted) if self._device.type == "cpu" else predicted
         slowest = 0.0
         while True:
@@ -233,110 +218,47 @@ class Probe:
             with peak_of(trial, [batch]) as peak:
                 trial.micro_step(batch)
                 trial.step()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             peak = []
         del batch
         trial.clear()
         _release(self._device)
-        return peak[0] if peak and peak[0] <= self._limit else None
+        return peak[0] if peak else None
 
     def measure(self, budget: int) -> Throughput:
         """Measure mean micro-batches of each task, and the update, with a budget that :meth:`search` found."""
         work, trial = self.dealt(budget), self._trial
         clock, left = Clock(self._device), max(5.0, self._allowance.total())
         sizes: dict[str, tuple[float, list[int]]] = {}
-        calls: dict[str, Callable[[], object]] = {"update": trial.step}
+        calls: dict[tuple[str, int], Callable[[], object]] = {("update", 0): trial.step}
         for task in work.tasks:
             tokens = task.tokens / (work.gpus * work.accumulation)
             small = self._sampler.batch(task.task, min(tokens, _SIZING)).to(self._device)
-            once = clock.seconds(lambda b=small: trial.micro_step(b)) / small.tokens  # type: ignore[misc]
+            once = clock.seconds(partial(trial.micro_step, small)) / small.tokens
             most = left / len(work.tasks) / (_ROUNDS + 2) / once
             large = self._sampler.batch(task.task, min(tokens, max(most, 2 * small.tokens))).to(self._device)
             shortened = large.tokens < 0.9 * tokens
             timed = [small, large] if shortened and large.tokens > small.tokens else [large]
             sizes[task.task] = (tokens, [batch.tokens for batch in timed])
             for number, batch in enumerate(timed):
-                calls[f"{task.task} {number}"] = lambda b=batch: trial.micro_step(b)  # type: ignore[misc]
+                calls[task.task, number] = partial(trial.micro_step, batch)
         found = clock.least(calls, _ROUNDS)
         micro = {
-            name: at_tokens(tokens, lengths, [found[f"{name} {number}"] for number in range(len(lengths))])
+            name: at_tokens(tokens, lengths, [found[name, number] for number in range(len(lengths))])
             for name, (tokens, lengths) in sizes.items()
         }
         passes = work.accumulation * sum(task.share * micro[task.task] for task in work.tasks)
         scaled = any(lengths[-1] < 0.9 * tokens for tokens, lengths in sizes.values())
         return Throughput(
             work.accumulation, work.mean("tokens") / self.gpus, work.mean("flops") / self.gpus, passes,
-            found["update"], micro, scaled, clock.name,
+            found["update", 0], micro, scaled, clock.name,
         )  # fmt: skip
 
     def dealt(self, budget: int) -> Workload:
         """Return the recipe's steps dealt under another budget."""
         return Planner(with_budget(self.recipe, budget), self.source).deal(self.gpus)
-
-
-class Ladder:
-    """Trials so far, and what to try next.
-
-    Args:
-        floor, cap: the least and the most tokens that make sense.
-        limit: bytes; slope: predicted bytes per token, used where only one trial has fitted.
-    """
-
-    def __init__(self, floor: int, cap: int, limit: float, slope: float = 0.0) -> None:
-        self._floor, self._cap, self._limit, self._slope = floor, cap, limit, slope
-        self.tried: list[tuple[int, float | None]] = []
-
-    def add(self, tokens: int, peak: float | None) -> None:
-        """Note a trial; ``peak`` is None where memory ran out."""
-        self.tried.append((tokens, peak))
-
-    @property
-    def good(self) -> list[tuple[int, float]]:
-        """Trials that fit, rising."""
-        return sorted((tokens, peak) for tokens, peak in self.tried if peak is not None)
-
-    @property
-    def bad(self) -> int:
-        """The least budget that did not fit; above the cap if all did."""
-        return min((tokens for tokens, peak in self.tried if peak is None), default=self._cap + 1)
-
-    @property
-    def hopeless(self) -> bool:
-        """The least budget does not fit."""
-        return self.bad <= self._floor
-
-    def following(self) -> int | None:
-        """Return the next budget to try; None where the search is done."""
-        if not self.good:
-            return max(self._floor, int(self.bad * 0.7))
-        most = self.good[-1][0]
-        if most >= self._cap or (self.bad - most) <= max(1, CLOSE * most) or len(self.tried) > 12:
-            return None
-        line = self.line()
-        guess = min(self._cap, line if line is not None else 2 * most)
-        if guess <= most * (1 + CLOSE):
-            return None if line is not None and len(self.good) > 1 and self.bad > self._cap else self._between(most)
-        return guess if guess < self.bad else self._between(most)
-
-    def _between(self, most: int) -> int | None:
-        middle = (most + self.bad) // 2
-        return middle if middle > most else None
-
-    def line(self) -> int | None:
-        """Tokens at which a line through two peaks, or one, reaches the limit, with a margin; None before any."""
-        if not self.good or (len(self.good) < 2 and not self._slope):
-            return None
-        (least, low), (most, high) = self.good[0], self.good[-1]
-        slope = max((high - low) / (most - least), 1e-9) if len(self.good) > 1 else self._slope
-        return int(most + MARGIN * max(0.0, self._limit - high) / slope)
-
-    def found(self, predicted: int, extrapolated: bool) -> Found:
-        """Return the outcome: the largest that was run, or, where that takes too long, what the line says."""
-        most = self.good[-1][0]
-        if extrapolated:
-            most = max(most, min(self.line() or most, self._cap, max(most, self.bad - 1)))
-        bounded = "step" if most >= self._cap else "memory"
-        return Found(most, predicted, tuple(self.tried), bounded, extrapolated, self._limit)
 
 
 def whole_step(plan: Plan, gpus: int) -> int:
@@ -367,13 +289,6 @@ def at_tokens(tokens: float, lengths: Sequence[int], seconds: Sequence[float]) -
         return seconds[0] * tokens / lengths[0]
     slope = max(0.0, seconds[1] - seconds[0]) / (lengths[1] - lengths[0])
     return seconds[1] + slope * (tokens - lengths[1])
-
-
-def stage_note(zero: Zero) -> str | None:
-    """What the single process does not do as the JSON says."""
-    if zero.stage < 3:
-        return None
-    return "ZeRO stage 3 was measured with whole weights on the GPU; the real run needs less memory and fetches weights"
 
 
 def _release(device: torch.device) -> None:

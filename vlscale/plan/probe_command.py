@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ from vlscale.config import Recipe
 from vlscale.errors import VlscaleError
 from vlscale.plan.calibrate import Calibrator
 from vlscale.plan.calibration import Calibration, Probed, check_target_folder, write_calibration
-from vlscale.plan.gpus import Gpu, load_gpu
+from vlscale.plan.free_memory import free_bytes
+from vlscale.plan.gpus import HERE, TABLE, Gpu, load_gpu
+from vlscale.plan.ladder import Found
 from vlscale.plan.memory import GIB, Zero
 from vlscale.plan.predict import Assumptions, Job, predict
-from vlscale.plan.probe import Allowance, Found, Probe, Throughput, stage_note, with_budget
-from vlscale.plan.trial import free_bytes
+from vlscale.plan.probe import STAGE_3, Allowance, Probe, Throughput, with_budget
 from vlscale.plan.workload import Planner, Source, read_source
-from vlscale.plan.writing import check_target, write_budget
+from vlscale.plan.writing import check_overrides, check_target, write_budget
 from vlscale.train.ds_config import DeepSpeedSettings, check_machine
 from vlscale.train.environment import choose_accelerator, compute_capability
 from vlscale.train.metrics import peak_flops
@@ -68,6 +71,25 @@ class Outcome:
         }
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What is probed, and where.
+
+    Attributes:
+        recipe: as read; source: its lengths and model; zero: the DeepSpeed JSON; gpus: that share states and steps.
+        device: of this machine; limit: bytes that may be taken.
+        gpu_name: a GPU whose links the communication is predicted for; None: it is left out.
+    """
+
+    recipe: Recipe
+    source: Source
+    zero: Zero
+    gpus: int
+    device: torch.device
+    limit: float
+    gpu_name: str | None
+
+
 def run_probe(args: argparse.Namespace, recipe: Recipe, settings: DeepSpeedSettings, gpus: int) -> int:
     """Probe, show and write; returns 0.
 
@@ -76,26 +98,18 @@ def run_probe(args: argparse.Namespace, recipe: Recipe, settings: DeepSpeedSetti
     """
     if args.write is not None:
         check_target(args.write, args.overwrite)
+        check_overrides(args.set)
     if args.calibration is not None:
         check_target_folder(args.calibration, "--calibration")
     device = torch.device(choose_accelerator("auto"))
     check_machine(settings, device.type, compute_capability(device.type))
-    zero = Zero.from_settings(settings)
-    limit = args.memory_gib * GIB if args.memory_gib is not None else float(free_bytes(device))
-    source = read_source(recipe)
-    gpu = None if args.gpu is None else load_gpu(args.gpu)
-    began, calibration = time.monotonic(), None
-    probe = Probe(recipe, source, zero, gpus, device, limit, Allowance())
-    found = probe.search()
-    speed = probe.measure(found.tokens)
-    if args.calibration is not None:
-        calibrator = Calibrator(recipe, source, zero, device)
-        calibration = calibrator.measure()
-        if time.monotonic() - began < _ONCE_MORE_S:
-            speed = speed.least(probe.measure(found.tokens))
-            calibration = calibrator.measure()
-            speed = speed.least(probe.measure(found.tokens))
-    outcome = _outcome(recipe, source, zero, (gpus, gpu, args.gpu), device, found, speed, calibration)
+    name = None if args.gpu == HERE else args.gpu  # the probe is always of this machine
+    if name is not None:
+        load_gpu(name)
+    zero, source = Zero.from_settings(settings), read_source(recipe)
+    setting = Setting(recipe, source, zero, gpus, device, _limit(args, device), name)
+    found, speed, calibration = _measure(setting, args.calibration is not None)
+    outcome = _outcome(setting, found, speed, calibration)
     if outcome.calibration is not None:
         write_calibration(outcome.calibration, args.calibration)
     if args.write is not None:
@@ -107,58 +121,98 @@ def run_probe(args: argparse.Namespace, recipe: Recipe, settings: DeepSpeedSetti
     return 0
 
 
-def _outcome(
-    recipe: Recipe, source: Source, zero: Zero, gpu: tuple[int, Gpu | None, str | None], device: torch.device,
-    found: Found, speed: Throughput, calibration: Calibration | None,
-) -> Outcome:  # fmt: skip
-    gpus, kind, name = gpu
-    recipe = with_budget(recipe, found.tokens)
-    planner = Planner(recipe, source)
+def _limit(args: argparse.Namespace, device: torch.device) -> float:
+    return args.memory_gib * GIB if args.memory_gib is not None else float(free_bytes(device))
+
+
+def _measure(setting: Setting, calibrate: bool) -> tuple[Found, Throughput, Calibration | None]:
+    recipe, source, zero, device = setting.recipe, setting.source, setting.zero, setting.device
+    began = time.monotonic()
+    probe = Probe(recipe, source, zero, setting.gpus, device, setting.limit, Allowance())
+    found = probe.search()
+    speed = probe.measure(found.tokens)
+    if not calibrate:
+        return found, speed, None
+    calibrator = Calibrator(recipe, source, zero, device)
+    calibration = calibrator.measure()
+    if time.monotonic() - began < _ONCE_MORE_S:
+        speed = speed.least(probe.measure(found.tokens))
+        calibration = calibrator.measure()
+        speed = speed.least(probe.measure(found.tokens))
+    return found, speed, calibration
+
+
+def _outcome(setting: Setting, found: Found, speed: Throughput, calibration: Calibration | None) -> Outcome:
+    device = setting.device
+    recipe = with_budget(setting.recipe, found.tokens)
+    planner, exposed = Planner(recipe, setting.source), None
     if calibration is not None:
-        here = kind or gpu_here(calibration, found.limit)
-        made = predict(Job(recipe, zero, here, "here", gpus), planner, Assumptions(measured=calibration))
-        predicted = made.compute_s + made.optimizer_s
-        tokens, peak = max((tokens, peak) for tokens, peak in found.tried if peak is not None)
-        probed = Probed(
-            recipe=recipe.name, gpus=gpus, micro_batch_tokens=found.tokens, accumulation=speed.accumulation,
-            step_s=speed.step_s, predicted_s=predicted, peak_bytes=peak, tokens=tokens,
-        )  # fmt: skip
+        probed = _probed(setting, planner, found, speed, calibration)
         calibration = calibration.model_copy(update={"probed": probed})
-    exposed, notes = None, ["reading data, evaluation and checkpoints are not measured"]
-    if gpus == 1:
-        notes.append("one process: there is no communication; --gpus N --gpu NAME adds a prediction of it")
-    elif kind is None:
-        notes.append(f"communication among {gpus} processes is left out; --gpu NAME adds a prediction of it")
-    else:
-        exposed = predict(Job(recipe, zero, kind, str(name), gpus), planner).traffic.exposed_s
-        notes.append(f"communication is predicted, not measured: {exposed:.4f} s per step that nothing hides")
-    notes += filter(None, [stage_note(zero)])
-    if recipe.model.init_from is not None:
-        notes.append("weights are random: model.init_from changes no speed")
-    if source.assumed:
-        notes.append("lengths are assumed: the recipe's data are not here")
-    if found.extrapolated:
-        notes.append("the budget itself was not run, it would take too long: it follows from the peaks of smaller ones")
-    if speed.scaled:
-        notes.append("shorter micro-batches than the recipe's were timed; its own follow on a line through two lengths")
-    peak_rate = peak_flops(device, zero.precision)
-    mfu = None if peak_rate is None else speed.flops / speed.step_s / peak_rate
+    if setting.gpu_name is not None and setting.gpus > 1:
+        job = Job(recipe, setting.zero, load_gpu(setting.gpu_name), setting.gpu_name, setting.gpus)
+        exposed = predict(job, planner).traffic.exposed_s
+    peak = peak_flops(device, setting.zero.precision)
+    mfu = None if peak is None else speed.flops / speed.step_s / peak
     words = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return Outcome(recipe, gpus, words, found, speed, mfu, calibration, exposed, tuple(notes))
+    notes = tuple(_notes(setting, found, speed, exposed))
+    return Outcome(recipe, setting.gpus, words, found, speed, mfu, calibration, exposed, notes)
+
+
+def _probed(
+    setting: Setting, planner: Planner, found: Found, speed: Throughput, calibration: Calibration
+) -> Probed:  # fmt: skip
+    """What goes into the calibration about the recipe itself."""
+    # Of this job passes and update are read, in which links have no part.
+    job = Job(planner.recipe, setting.zero, gpu_here(calibration, found.limit), HERE, setting.gpus)
+    made = predict(job, planner, Assumptions(measured=calibration))
+    peak = max(peak for _, peak in found.tried if peak is not None)
+    return Probed(
+        recipe=planner.recipe.name, gpus=setting.gpus, micro_batch_tokens=found.tokens,
+        accumulation=speed.accumulation, step_s=speed.step_s, predicted_s=made.compute_s + made.optimizer_s,
+        peak_bytes=peak, tokens=found.largest,
+    )  # fmt: skip
+
+
+def _notes(setting: Setting, found: Found, speed: Throughput, exposed: float | None) -> Iterator[str]:
+    gpus, parts = setting.gpus, found.withheld.describe()
+    yield "reading data, evaluation and checkpoints are not measured"
+    if gpus == 1:
+        yield "one process: there is no communication; --gpus N --gpu NAME adds a prediction of it"
+    elif exposed is None:
+        yield f"communication among {gpus} processes is left out; --gpu NAME adds a prediction of it"
+    else:
+        yield f"communication is predicted, not measured: {exposed:.4f} s per step that nothing hides"
+    if parts:
+        yield f"left free for what a run holds beside, GiB: {parts}"
+    if setting.zero.stage == 3:
+        yield STAGE_3
+    if setting.recipe.model.init_from is not None:
+        yield "weights are random: model.init_from changes no speed"
+    if setting.source.assumed:
+        yield "lengths are assumed: the recipe's data are not here"
+    if found.extrapolated:
+        yield f"the budget itself was not run, it would take too long: it follows {found.origin}"
+    if speed.scaled:
+        yield "shorter micro-batches than the recipe's were timed; its own follow on a line through two lengths"
 
 
 def gpu_here(calibration: Calibration, limit: float) -> Gpu:
-    """Describe the machine of a calibration as a GPU: its peak is the fastest product that was measured there."""
+    """Describe the machine of a calibration as a GPU: its peak is the fastest product that was measured there.
+
+    What links it to others is not known: of a job on several such machines passes, update and memory mean something,
+    communication does not.
+    """
     teraflops = calibration.best_flops / 1e12
-    words = "fastest product that the probe measured"
+    words, unknown = "fastest product that the probe measured", "not known, and not used: one process has none"
     return Gpu(
         memory_gib=limit / GIB, fp16_tflops=teraflops, bf16_tflops=teraflops, fp32_tflops=teraflops,
-        memory_gb_s=12.0 * calibration.copy_.sizes[-1] / calibration.copy_.seconds[-1] / 1e9, link_gb_s=10.0,
-        gpus_per_node=8, network_gb_s=10.0,
+        memory_gb_s=12.0 * calibration.copy_.sizes[-1] / calibration.copy_.seconds[-1] / 1e9, link_gb_s=1.0,
+        gpus_per_node=1, network_gb_s=1.0,
         sources={
             "memory_gib": "free memory, or --memory-gib", "fp16_tflops": words, "bf16_tflops": words,
-            "fp32_tflops": words, "memory_gb_s": "additions that the probe measured", "link_gb_s": "assumed",
-            "gpus_per_node": "assumed", "network_gb_s": "assumed",
+            "fp32_tflops": words, "memory_gb_s": "additions that the probe measured", "link_gb_s": unknown,
+            "gpus_per_node": unknown, "network_gb_s": unknown,
         },
     )  # fmt: skip
 
@@ -167,6 +221,8 @@ def show(outcome: Outcome, args: argparse.Namespace) -> None:
     """Print what was found."""
     console, found, speed = Console(width=120), outcome.found, outcome.speed
     ends = {"memory": "more does not fit", "step": "a whole step fits, so more changes nothing"}[found.bounded]
+    if found.kept:
+        ends = f"the recipe's own; a whole step fits in {found.largest} already, so more changes nothing"
     tried = ", ".join(f"{tokens} {'-' if p is None else f'{p / GIB:.3f} GiB'}" for tokens, p in found.tried)
     mfu = "unknown, the peak of this device is" if outcome.mfu is None else f"{outcome.mfu:.1%}"
     lines = [
@@ -186,6 +242,8 @@ def show(outcome: Outcome, args: argparse.Namespace) -> None:
         lines.append(f"calibration written: {args.calibration}; give it to plan --gpu here --calibration FILE")
     if args.write is not None:
         lines.append(f"recipe written: {args.write}")
+        if args.set:
+            lines.append(f"not in it, so give it again: --set {' --set '.join(map(shlex.quote, args.set))}")
     for line in lines:
         console.print(Text(line))
 
@@ -200,19 +258,18 @@ def calibrated(args: argparse.Namespace, recipe: Recipe, zero: Zero, path: Path)
 
     found = read_calibration(path)
     dropout = read_source(recipe).config.attention_dropout > 0
-    if args.gpu != "here":
+    if args.gpu != HERE:
         expected = found.machine.model_copy(update={"precision": zero.precision, "attention_dropout": dropout})
         check_machine(found, path, expected)
         check_gpu(found, path, args.gpu)
         return load_gpu(args.gpu), Assumptions(measured=found)
     device = torch.device(choose_accelerator("auto"))
     check_machine(found, path, Machine.here(device, zero.precision, dropout))
-    limit = args.memory_gib * GIB if args.memory_gib is not None else float(free_bytes(device))
-    return gpu_here(found, limit), replace(Assumptions(), measured=found)
+    return gpu_here(found, _limit(args, device)), Assumptions(measured=found)
 
 
 def refuse_without_probe(args: argparse.Namespace) -> None:
-    """Refuse options that only the probe knows.
+    """Refuse options that only the probe knows, and those that a calibration or ``--gpu here`` rules out.
 
     Raises:
         VlscaleError: the option is named.
@@ -222,5 +279,15 @@ def refuse_without_probe(args: argparse.Namespace) -> None:
             raise VlscaleError(f"{name} has an effect with --probe only: add --probe, or drop it")
     if args.gpu is None or args.gpus is None:
         raise VlscaleError("--gpu NAME and --gpus N are needed, except with --probe")
-    if args.gpu == "here" and args.calibration is None:
+    if args.calibration is not None and args.matmul_efficiency is not None:
+        raise VlscaleError("--matmul-efficiency is not read beside --calibration, which has measured: drop one of them")
+    if args.gpu != HERE:
+        return
+    if args.calibration is None:
         raise VlscaleError("--gpu here needs --calibration FILE; `vlscale plan --probe --calibration FILE` writes it")
+    if args.plot is not None or args.gpus.strip() != "1":
+        several = f"--gpus {args.gpus}" if args.plot is None else "--plot"
+        raise VlscaleError(
+            f"{several}: --gpu here plans one process, nothing is known of what links this machine to others; "
+            f"describe that in a file in the form of {TABLE} and give --gpu FILE.yaml beside --calibration"
+        )

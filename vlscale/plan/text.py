@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vlscale.plan.gpus import HERE
 from vlscale.plan.memory import GIB
 from vlscale.plan.predict import PUBLISHED, Prediction
 from vlscale.plan.sweep import Point, best
@@ -100,13 +101,20 @@ def _time_table(made: Prediction) -> Table:
         ("optimiser", f"{made.optimizer_s:.4f} s"),
         ("step", f"{made.step_s:.4f} s"),
         ("tokens per second", f"{made.tokens_per_s:,.0f}"),
-        ("MFU", f"{made.mfu:.1%}"),
+        (_mfu_name(made), f"{made.mfu:.1%}"),
         (f"days for {made.job.recipe.schedule.total_steps:,} steps", f"{made.days:.2f}"),
         ("GPU-hours", f"{made.gpu_hours:,.0f}"),
     ]  # fmt: skip
     for name, value in rows:
         table.add_row(name, value)
     return table
+
+
+def _mfu_name(made: Prediction) -> str:
+    """What the MFU is a share of is only known to a reader where it is the peak of a named GPU."""
+    if made.job.gpu_name != HERE:
+        return "MFU"
+    return f"MFU, of the fastest product measured ({made.peak_flops / 1e9:,.0f} GFLOP/s)"
 
 
 def show_sweep(points: Sequence[Point], console: Console) -> None:

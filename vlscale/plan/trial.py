@@ -2,12 +2,12 @@
 
 The real model, objectives and optimiser run on the device. What the engine adds is done by hand with the same tensors:
 float32 accumulation, a flat float32 copy of the weights, Adam on the part that one of N GPUs owns, the norm, and the
-copy back. Communication is left out. Stage 3 keeps whole weights here.
+copy back. Communication and its buffers are left out, see :class:`vlscale.plan.memory.Withheld`. Stage 3 keeps whole
+weights here.
 """
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from vlscale.config import Recipe
-from vlscale.errors import VlscaleError
 from vlscale.models.registry import MODELS
 from vlscale.models.uniter import UniterConfig, UniterForPretraining
 from vlscale.objectives import Objective
@@ -39,7 +38,7 @@ class Trial:
         device: where it runs.
 
     Raises:
-        torch.OutOfMemoryError: not even the states fit.
+        RuntimeError: not even the states fit, see :func:`ran_out`.
     """
 
     def __init__(
@@ -179,23 +178,8 @@ def peak_of(trial: Trial, inputs: list[RaggedBatch]) -> Iterator[list[int]]:
     found.append(sum(held.values()) + live.peak)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Return bytes that this process may still take, those that it has taken for tensors included.
-
-    Raises:
-        VlscaleError: a CPU's free memory cannot be asked for.
-    """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device)
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            named = dict(line.split(":", 1) for line in lines)
-        return int(named["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        raise VlscaleError("--probe: /proc/meminfo cannot be read here; give the memory with --memory-gib") from None
-
-
-def resident_bytes() -> int:
-    """Most bytes of memory that this process has occupied so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def ran_out(error: RuntimeError) -> bool:
+    """Whether ``error`` says that memory ran out: PyTorch's own, or the plain ones of cuBLAS, cuDNN and a CPU."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in ("STATUS_ALLOC_FAILED", "out of memory", "can't allocate memory"))

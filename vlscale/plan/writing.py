@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from vlscale.config import load_recipe
@@ -10,6 +11,10 @@ from vlscale.errors import VlscaleError
 from vlscale.plan.calibration import check_target_folder, write_whole
 
 _KEY = "micro_batch_tokens"
+_DECIDES = ("model", "data", "batch", "objectives", "optimizer", "activation_checkpointing")
+"""Sections that decide which budget fits,"""
+_DECIDES_NOT = re.compile(r"data\.((datasets|validation)\.\d+\.root|cache|cache_limit|workers|prefetch|verify)")
+"""but for where the data lie and how they are read."""
 
 
 def check_target(path: Path, overwrite: bool) -> None:
@@ -23,6 +28,21 @@ def check_target(path: Path, overwrite: bool) -> None:
     check_target_folder(path, "--write")
     if path.exists() and not overwrite:
         raise VlscaleError(f"--write {path}: exists; name another file, or add --overwrite")
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse to write what was found under overrides that the file would not hold.
+
+    Raises:
+        VlscaleError: an override that decides which budget fits is named.
+    """
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key.partition(".")[0] in _DECIDES and not _DECIDES_NOT.fullmatch(key):
+            raise VlscaleError(
+                f"--write: the budget would be that of --set {override}, which the file does not say: write it into a "
+                f"copy of the recipe and probe that, or drop --write"
+            )
 
 
 def write_budget(recipe: Path, target: Path, tokens: int, overwrite: bool) -> None:
