@@ -3,6 +3,7 @@
 # usage: import.sh SHARES TOOL ARGUMENTS... [--merge]
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/site.sh"
+. "$here/python.sh"
 shares=$1 tool=${2:-} task=${SLURM_ARRAY_TASK_ID:-}
 [[ -n $task ]] || fail "not a task of an array; use sbatch $here/import_array.sbatch"
 [[ $shares =~ ^[1-9][0-9]{0,4}$ ]] || fail "shares is '$shares'; expected a number, as many as --array has"
@@ -20,10 +21,10 @@ elif ((task >= shares)); then
 elif ((SLURM_ARRAY_TASK_COUNT > shares)); then
     fail "$SLURM_ARRAY_TASK_COUNT tasks for $shares shares; make --array and shares agree"
 fi
-workers=()
-[[ $tool == extract_regions ]] || workers=(--workers "$cpus")
+[[ $tool == extract_regions || " $*" == *" --workers"[\ =]* ]] || share+=(--workers "$cpus")
 cd "$root"
+find_python "$root" || exit 2
 export PATH=$VLSCALE_VENV/bin:$PATH OMP_NUM_THREADS=1
 exported=$(forwarded)
 exec srun --ntasks=1 --export="$exported" --cpus-per-task="$cpus" --cpu-bind=cores \
-    python -m "data_tools.$tool" "$@" "${workers[@]}" "${share[@]}"
+    "${command[@]}" -m "data_tools.$tool" "$@" "${share[@]}"

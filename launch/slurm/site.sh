@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: where things are, the site's settings, and how to fail.
-here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 root=${here%/launch/slurm}
 
 # One line and status 2: a mistake, which is not tried again.

@@ -35,10 +35,12 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}
 
 logs=$run_dir/logs/$SLURM_JOB_ID
 mkdir -p -- "$logs" || fail "$logs cannot be made; give another --run_dir"
+claim "$run_dir"
 begin_attempt "$run_dir" "$logs"
 export VLSCALE_STATUS=$logs/status
+export VLSCALE_RUN_ID=slurm-$job_id-${SLURM_RESTART_COUNT:-0} # ranks of another run, at the same port, are told apart
 : >"$VLSCALE_STATUS"
-echo "slurm: job $SLURM_JOB_ID on $VLSCALE_HOSTS, rank 0 at $MASTER_ADDR:$MASTER_PORT; logs: $logs/rank-*.log; rank 0:"
+echo "slurm: job $job_id on $VLSCALE_HOSTS, rank 0 at $MASTER_ADDR:$MASTER_PORT; logs: $logs/rank-*.log; rank 0:"
 
 exported=$(forwarded)
 # Rank 0's log is shown here as well.
@@ -46,8 +48,9 @@ touch "$logs/rank-000.log"
 tail -n 0 -F --pid=$$ "$logs/rank-000.log" 2>/dev/null &
 shown=$!
 status=0
+# --wait: no site's default; longer than task.sh waits for rank 0.
 srun --export="$exported" --cpus-per-task="$cpus" --cpu-bind=verbose,cores --distribution=block \
-    --kill-on-bad-exit=1 --input=none --open-mode=append --output="$logs/rank-%3t.log" \
+    --kill-on-bad-exit=1 --wait=600 --input=none --open-mode=append --output="$logs/rank-%3t.log" \
     "$here/task.sh" "${VLSCALE_SCRIPT:-launch/pretrain.py}" "$@" --resume auto || status=$?
 sleep 1 # for tail to read the end
 kill "$shown" 2>/dev/null || true

@@ -19,7 +19,8 @@ from tests.multiprocess.launcher import free_port
 from tests.multiprocess.recipes import recipe, write_data, write_ds_config, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 60
+STEPS = 200
+"""So many that a signal after a few of them comes in the middle, on a fast machine too."""
 SECRET = "planted-5e1f0c"
 """Value of WANDB_API_KEY in the environment that every job is submitted from."""
 
@@ -81,6 +82,11 @@ class Project:
         """Remove what DeepSpeed leaves in shared memory."""
         for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{self.port}_*"):
             left.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Cancel all jobs of the site, and wait until none is left."""
+        self.site.run("scancel", "--user=root")
+        until(lambda: not self.site.run("squeue", "--noheader").stdout.strip(), 60, "an empty queue")
 
     def submit(
         self, script: str, options: Sequence[str], *arguments: str | Path, check: bool = True

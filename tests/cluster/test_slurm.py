@@ -24,6 +24,19 @@ pytestmark = [pytest.mark.cluster, pytest.mark.skipif(REASON is not None, reason
 ERROR_S = 60
 """An error has to come, and all ranks have to be gone, within this time."""
 
+ONE_NODE = ("--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--gres=none", "--time=20")
+
+# Task 1 of an array crashes once, at a time when task 0 runs.
+ONE_CRASH = """
+import os, sys, time
+time.sleep(2)
+task, again = sys.argv[sys.argv.index("--run_dir") + 1][-1], os.path.exists("crashed")
+if task == "1" and not again:
+    open("crashed", "w").close()
+    raise SystemExit(7)
+time.sleep(5)
+"""
+
 # Runs launch/pretrain.py, but rank 1 sees another world: the statement in the middle.
 ODD_RANK = """
 import os, runpy, sys
@@ -141,9 +154,13 @@ def test_a_mistake_is_not_requeued(project: Project) -> None:
 @pytest.mark.parametrize(
     ("statement", "setting", "expected"),
     [
-        ("sys.argv += ['--set', 'data.datasets.0.root=/nowhere']", "", r"rank 1\b.*/nowhere"),
+        ("os.chdir('elsewhere')", "", r"rank 1\b.*/nowhere"),
         ("import vlscale; vlscale.__version__ = '0.0.1'", "", r"host n2 \(rank 1\) has vlscale 0\.0\.1, host n1"),
-        ("pass", "MASTER_ADDR=192.0.2.1", r"rank 1 of 2 on n2 did not answer"),
+        (
+            "pass",
+            "MASTER_ADDR=192.0.2.1",
+            r"rank 0 on n1 does not reach itself at 192\.0\.2\.1:",
+        ),
     ],
     ids=["a rank without the data", "another version", "a master out of reach"],
 )
@@ -152,19 +169,28 @@ def test_what_differs_between_nodes_ends_all_ranks(
 ) -> None:
     project = Project.make(tmp_path / "project", site, "export VLSCALE_SCRIPT=odd.py", *filter(None, [setting]))
     (project.folder / "odd.py").write_text(ODD_RANK.format(statement=statement), encoding="utf-8")
+    elsewhere = project.folder / "elsewhere"  # what another node sees at the same paths
+    elsewhere.mkdir()
+    for name in ("launch", "small.json"):
+        (elsewhere / name).symlink_to(project.folder / name)
+    recipe = (project.folder / "small.yaml").read_text(encoding="utf-8")
+    (elsewhere / "small.yaml").write_text(recipe.replace(str(project.folder / "train"), "/nowhere"), encoding="utf-8")
     begun = time.monotonic()
     job = project.train("odd", "--join_timeout", "20")
-    fields = site.ended(job, ERROR_S)
-    took = time.monotonic() - begun
+    try:
+        fields = site.ended(job, ERROR_S)
+        took = time.monotonic() - begun
+    finally:
+        project.sweep()
     said = project.said(job)
     assert took < ERROR_S, said
     assert (fields["JobState"], fields["Restarts"], fields["ExitCode"]) == ("FAILED", "0", "2:0"), said
     assert re.search(expected, said), said
     assert not site.processes("odd.py")
-    project.sweep()
 
 
 def test_a_partition_that_lacks_the_nodes_is_refused_at_once(project: Project) -> None:
+    project.clear()
     begun = time.monotonic()
     done = project.submit("many_nodes.sbatch", (*TWO_NODES, "--partition=one"), check=False)
     assert time.monotonic() - begun < ERROR_S
@@ -177,12 +203,55 @@ def test_a_partition_that_lacks_the_nodes_is_refused_at_once(project: Project) -
     done = project.submit("many_nodes.sbatch", (*TWO_NODES, "--nodes=5"), check=False)
     assert "asked for 5 nodes in partition 'main', which has 2 nodes" in done.stderr
     done = project.submit("many_nodes.sbatch", (*TWO_NODES, "--partition=nosuch"), check=False)
-    assert "partition 'nosuch', which has no nodes" in done.stderr
+    assert done.stderr.startswith("slurm: error: not submitted: invalid partition specified: nosuch;"), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
     assert not project.site.run("squeue", "--noheader").stdout, "something was submitted"
 
 
+def test_a_job_waits_for_a_node_that_is_drained(project: Project) -> None:
+    project.clear()
+    project.site.run("scontrol", "update", "nodename=n2", "state=drain", "reason=test")
+    try:
+        done = project.submit("many_nodes.sbatch", TWO_NODES, *FILES, "--run_dir", "waits")
+        job = done.stdout.strip()
+        assert project.site.wait(job, lambda fields: fields["Reason"] != "None", 30)["JobState"] == "PENDING"
+        assert done.stderr.startswith("slurm: warning: submitted, but it cannot start now: Requested node"), done.stderr
+        refused = project.submit("many_nodes.sbatch", (*TWO_NODES, "--cpus-per-task=3"), check=False)
+        assert refused.returncode == 2, "it has to wait for a node, and could not start on any"
+    finally:
+        project.clear()
+        project.site.run("scontrol", "update", "nodename=n2", "state=resume")
+
+
+def test_a_second_job_in_a_run_folder_is_refused(project: Project) -> None:
+    first = project.train("shared", "--set", "schedule.total_steps=4000", options=ONE_NODE)
+    until((project.folder / "shared/logs/owner").exists, 60, "a start")
+    second = project.train("shared", options=ONE_NODE)
+    fields = project.site.ended(second, 60)
+    said = project.said(second)
+    project.clear()
+    assert (fields["JobState"], fields["ExitCode"]) == ("FAILED", "2:0"), said
+    assert f"slurm: error: job {first} has --run_dir shared (squeue lists it); give another one, or: " in said
+
+
+def test_a_crashed_task_of_an_array_requeues_itself_alone(tmp_path: Path, site: Site) -> None:
+    project = Project.make(tmp_path / "project", site, "export VLSCALE_SCRIPT=crash.py", "VLSCALE_MAX_RESTARTS=1")
+    (project.folder / "crash.py").write_text(ONE_CRASH, encoding="utf-8")
+    script = project.folder / "launch/slurm/many_nodes.sbatch"
+    text = script.read_text(encoding="utf-8").replace("runs/uniter_large", '"run-$SLURM_ARRAY_TASK_ID"')
+    script.write_text(text, encoding="utf-8")
+    done = project.submit("many_nodes.sbatch", (*ONE_NODE, "--array=0-1", "--output=slurm-%a.out"))
+    job = done.stdout.strip()
+    fields = [site.ended(f"{job}_{task}", 120) for task in (0, 1)]
+    said = [project.said(task) for task in "01"]
+    assert [(found["JobState"], found["Restarts"]) for found in fields] == [("COMPLETED", "0"), ("COMPLETED", "1")], (
+        said
+    )
+    assert f"job {job}_1: it ended with status 7 at step none; requeueing" in said[1]
+
+
 def test_a_cancelled_job_stays_cancelled(project: Project) -> None:
-    job = project.train("cancelled")
+    job = project.train("cancelled", "--set", "schedule.total_steps=4000")
     until(lambda: project.steps("cancelled") >= 1, 180, "a step")
     project.site.run("scancel", job)
     fields = project.site.ended(job, 60)
@@ -220,7 +289,7 @@ def test_an_array_builds_shares_and_a_dependent_task_merges_them(project: Projec
     tool = ["import_images", "bottom_up_tsv", *sources, "--out", str(project.folder / "set")]
     small = ("--cpus-per-task=1", "--time=5")
     job = project.submit("import_array.sbatch", ("--array=0-2", *small), *tool).stdout.strip()
-    merge = ("--array=0", f"--dependency=afterok:{job}", *small)
+    merge = ("--array=0", f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", *small)
     last = project.submit("import_array.sbatch", merge, *tool, "--merge").stdout.strip()
     fields = project.site.ended(f"{last}_0", 180)
     said = "".join(path.read_text(encoding="utf-8") for path in sorted(project.folder.glob("slurm-*_*.out")))
@@ -251,7 +320,9 @@ def test_each_task_has_its_cores_its_place_and_only_named_variables(tmp_path: Pa
         job = project.submit("one_node.sbatch", options, "--run_dir", "shown").stdout.strip()
         assert site.ended(job, 60)["JobState"] == "COMPLETED", project.said(job)
         ranks = [shown(project.rank_log("shown", job, rank)) for rank in (0, 1)]
-    assert [cores for cores, _ in ranks] == [[0], [1]]
+    first, second = (cores for cores, _ in ranks)
+    assert len(first) == len(second) == 1
+    assert first != second
     for rank, (_, variables) in enumerate(ranks):
         place = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "NCCL_SOCKET_IFNAME", "PLAIN")
         assert [variables[name] for name in place] == [str(rank), str(rank), "2", "2", "127.0.0.1", "lo", "1"]

@@ -35,7 +35,6 @@ COMPARED = ("torch", "deepspeed", "mosaicml-streaming", "numpy")
 _PAUSE_S = 0.05
 _GRACE_S = 5.0
 """How long rank 0 waits for the others to have read a verdict."""
-_LONGER = 1.25
 _SHOWN = 8
 
 
@@ -94,7 +93,7 @@ def roll_call(rank: int, world_size: int, note: Note, timeout_s: float, program:
     Args:
         rank: this process; world_size: their number.
         note: of this process.
-        timeout_s: how long rank 0 waits for the others; they wait a quarter longer.
+        timeout_s: how long rank 0 waits for the others; they wait a little longer.
         program: name that errors are printed under.
 
     Yields:
@@ -114,7 +113,7 @@ def roll_call(rank: int, world_size: int, note: Note, timeout_s: float, program:
             found.append(error)
 
     _check_address(place)
-    patience = timeout_s * (1.0 if rank == 0 else _LONGER) + 2 * _GRACE_S
+    patience = timeout_s + 2 * _GRACE_S
     thread = threading.Thread(target=meet, daemon=True, name="roll-call")
     with _quick_lookups() if place.serves else nullcontext():
         thread.start()
@@ -194,7 +193,7 @@ def _lead(store: Store, place: Place, note: Note, timeout_s: float) -> tuple[str
 def _follow(store: Store, place: Place, note: Note, timeout_s: float) -> tuple[str | None, list[str]]:
     """Other ranks: leave a note, and read the verdict."""
     _sign(store, place, note)
-    store.wait(["verdict"], timedelta(seconds=_LONGER * timeout_s + _GRACE_S))
+    store.wait(["verdict"], timedelta(seconds=timeout_s + _GRACE_S))
     problem, hosts = json.loads(store.get("verdict"))
     store.set(f"read/{place.rank}", "")
     return problem, hosts
