@@ -11,10 +11,9 @@ from tests.cluster.network import Network, install, two_hosts, why_not
 
 @pytest.fixture(scope="session")
 def two_nodes() -> Iterator[Network]:
-    reason = why_not()
+    reason = why_not() or install()
     if reason:
         pytest.skip(f"no two hosts here: {reason}")
-    install()
     with two_hosts() as network:
         yield network
 

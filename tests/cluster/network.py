@@ -37,13 +37,24 @@ def why_not() -> str | None:
     return None
 
 
-def install() -> None:
-    """Install the Debian packages that are missing."""
+def install() -> str | None:
+    """Install the Debian packages that are missing, and try what :func:`two_hosts` needs; returns why it cannot be."""
     missing = [package for program, package in PACKAGES.items() if shutil.which(program) is None]
-    if missing:
-        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        subprocess.run(["apt-get", "update", "-qq"], check=True, env=quiet)
-        subprocess.run(["apt-get", "install", "-y", "-qq", "--no-install-recommends", *missing], check=True, env=quiet)
+    apt = ["apt-get", "-qq", "-o", "Acquire::http::Timeout=10", "-o", "Acquire::Retries=1"]
+    wanted = [[*apt, "update"], [*apt, "install", "-y", "--no-install-recommends", *missing]] if missing else []
+    # A container's root need not have the rights.
+    wanted += [["unshare", "-n", "-m", "-u", "sh", "-c",
+                "ip link add name va type veth peer name vb && hostname a && mount -t tmpfs t /mnt"]]  # fmt: skip
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for words in wanted:
+        what = "apt-get" if words[0] == "apt-get" else "making a network namespace"
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, env=quiet, timeout=300)
+        except (subprocess.TimeoutExpired, OSError) as error:
+            return f"{what}: {error}"
+        if done.returncode:
+            return f"{what}: {(done.stderr.strip().splitlines() or [f'status {done.returncode}'])[-1]}"
+    return None
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,9 @@ def test_look_tells_versions_paths_and_interfaces(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
     paths = [str(tmp_path / name) for name in ("data", "file", "none")]
     with agent() as process:
-        found = ask(process, do="look", paths=paths)
-    assert found == json.loads(json.dumps(look(paths)))
+        found = ask(process, do="look", paths=paths, master="localhost")
+    assert found == json.loads(json.dumps(look(paths, "localhost")))
+    assert "127.0.0.1" in found["master"]
     assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["paths"][paths[2]] == {"problem": "does not exist"}
     assert found["paths"][paths[1]]["hash"]
@@ -127,3 +128,15 @@ def test_only_ranks_that_wait_for_the_signal_get_it() -> None:
         time.sleep(0.3)
         assert early.poll() is None
         assert no_rank.poll() is None
+
+
+def test_a_guard_kills_what_comes_after_the_end() -> None:
+    with agent() as process:
+        assert ask(process, do="guard", run_id=RUN, lease_s=60.0) == {}
+        assert process.stdin is not None
+        process.stdin.write("end\n")
+        process.stdin.flush()
+        time.sleep(1)
+        with child(DEAF, RUN) as late:
+            assert late.wait(5) == -signal.SIGKILL
+        assert process.wait(20) == 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vlscale.cluster.exports import exported, interface_problem, launcher_environment
+from vlscale.cluster.exports import deepspeed_environment, exported, interface_problem, looks_secret, ssh_environment
 from vlscale.errors import VlscaleError
 
 HERE = Path("/project")
@@ -24,6 +24,10 @@ def test_named_variables_travel_and_no_others() -> None:
         "VLSCALE_API_KEY": "x",
         "MLFLOW_TRACKING_PASSWORD": "x",
         "VLSCALE_MICRO_TOKENS": "9",
+        "VLSCALE_RUN_ID": "of another run",
+        "VLSCALE_LAUNCHER_ID": "of another run",
+        "NCCL_IB_PKEY": "3",
+        "TMPDIR": "/scratch/of-this-host",
     }
     found = exported(given, ("SITE",), HERE)
     assert found == {
@@ -34,12 +38,17 @@ def test_named_variables_travel_and_no_others() -> None:
         "OMP_NUM_THREADS": "4",
         "SITE": "a b",
         "VLSCALE_MICRO_TOKENS": "9",
+        "NCCL_IB_PKEY": "3",
     }
-    launcher = launcher_environment(given, found)
-    assert launcher == {"PATH": found["PATH"], "HOME": "/home/me"}
+    launcher = deepspeed_environment(given, found)
+    assert launcher == {"PATH": found["PATH"], "HOME": "/home/me", "TMPDIR": "/scratch/of-this-host"}
+    assert ssh_environment(given) == {
+        key: value for key, value in given.items() if not key.endswith(("RUN_ID", "ER_ID"))
+    }
 
 
-@pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "MY_PASSWORD", "AWS_SECRET_ACCESS_KEY", "passphrase"])
+@pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "MY_PASSWORD", "AWS_SECRET_ACCESS_KEY", "passphrase",
+                                  "DB_PASS", "MYSQL_PWD", "API_KEYS", "KRB_KEYTAB"])  # fmt: skip
 def test_secrets_are_refused_without_being_shown(name: str) -> None:
     with pytest.raises(VlscaleError, match="looks like a secret") as raised:
         exported({name: "planted"}, (name,), HERE)
@@ -50,6 +59,11 @@ def test_secrets_are_refused_without_being_shown(name: str) -> None:
 def test_values_that_a_shell_would_read_are_refused_without_being_shown(value: str) -> None:
     with pytest.raises(VlscaleError, match="NCCL_X: its value holds"):
         exported({"NCCL_X": value}, (), HERE)
+
+
+@pytest.mark.parametrize("name", ["PWD", "OLDPWD", "NCCL_IB_PKEY", "KEYBOARD", "AUTHOR", "MICRO_TOKENS", "BYPASS"])
+def test_harmless_names(name: str) -> None:
+    assert not looks_secret(name)
 
 
 def test_wrong_names() -> None:

@@ -16,6 +16,7 @@ from tests.cluster.runs import pretrain, rank_on, rows, vlscale_launch, wait_for
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 BOUND_S = 60
+BASHRC = Path("~/.bashrc").expanduser()
 HANGING = str(ROOT / "tests/cluster/hanging_rank.py")
 
 
@@ -46,10 +47,9 @@ def both_hang(hosts: Network) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("launcher", ["pdsh", "ssh"])
-def test_a_rank_that_dies_in_training(hosts: Network, root: Path, launcher: str) -> None:
-    run = root / launcher
-    words = [*vlscale_launch(root, launcher), *pretrain(root, run, "--set", "schedule.total_steps=100000")]
+def test_a_rank_that_dies_in_training(hosts: Network, root: Path) -> None:
+    run = root / "dies"
+    words = [*vlscale_launch(root, "ssh"), *pretrain(root, run, "--set", "schedule.total_steps=100000")]
     with hosts.start("node-a", *words) as launched:
         remote = rank_on(hosts, "node-b", 1)
         wait_for(lambda: rows(run) or launched.poll() is not None, 150)
@@ -66,9 +66,8 @@ def test_a_rank_that_dies_while_the_other_is_deaf(hosts: Network, root: Path, la
     assert "vlscale launch: node-b: its processes ended with status" in out, out[-6000:]
 
 
-@pytest.mark.parametrize("launcher", ["pdsh", "ssh"])
-def test_ssh_that_breaks_off(hosts: Network, root: Path, launcher: str) -> None:
-    with hosts.start("node-a", *vlscale_launch(root, launcher), HANGING) as launched:
+def test_ssh_that_breaks_off(hosts: Network, root: Path) -> None:
+    with hosts.start("node-a", *vlscale_launch(root, "pdsh"), HANGING) as launched:
         both_hang(hosts)
         remote = hosts.nodes["node-b"]
         sessions = [pid for pid in remote.processes() if "sshd" in Path(f"/proc/{pid}/cmdline").read_text()]
@@ -101,10 +100,39 @@ def test_the_launcher_itself_is_killed(hosts: Network, root: Path) -> None:
         assert_gone(hosts, launched, time.monotonic())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_launcher_is_asked_to_end(hosts: Network, root: Path, number: int) -> None:
+def test_the_launcher_is_asked_to_end(hosts: Network, root: Path) -> None:
     with hosts.start("node-a", *vlscale_launch(root, "pdsh"), HANGING) as launched:
         both_hang(hosts)
-        os.kill(launched.pid, number)
+        os.kill(launched.pid, signal.SIGTERM)
         assert_gone(hosts, launched, time.monotonic())
-        assert launched.returncode == 128 + number
+        assert launched.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("wait_s", [0, 2, 5])
+def test_the_launcher_is_interrupted_while_the_run_starts(hosts: Network, root: Path, wait_s: float) -> None:
+    silent = root / "silent.py"
+    silent.write_text("import time\n\ntime.sleep(600)\n", encoding="utf-8")
+    with hosts.start("node-a", *vlscale_launch(root, "pdsh"), silent) as launched:
+        assert launched.stdout is not None
+        assert "2 hosts checked" in launched.stdout.readline()
+        time.sleep(wait_s)
+        os.kill(launched.pid, signal.SIGINT)
+        assert_gone(hosts, launched, time.monotonic())
+        assert launched.returncode == 128 + signal.SIGINT
+    time.sleep(5)
+    assert not hosts.left(), "what DeepSpeed's launcher was about to start"
+
+
+@pytest.mark.skipif(not BASHRC.exists(), reason="no ~/.bashrc to put another over")
+def test_a_slow_login_shell_and_a_launcher_that_is_killed_at_once(hosts: Network, root: Path) -> None:
+    slow = root / "slow.sh"
+    slow.write_text("sleep 4\n", encoding="utf-8")
+    with hosts.nodes["node-b"].covered(BASHRC, slow):
+        with hosts.start("node-a", *vlscale_launch(root, "ssh"), HANGING) as launched:
+            assert launched.stdout is not None
+            assert "2 hosts checked" in launched.stdout.readline()
+            time.sleep(0.5)
+            os.kill(launched.pid, signal.SIGKILL)
+            assert_gone(hosts, launched, time.monotonic())
+        time.sleep(8)
+        assert not hosts.left()

@@ -42,22 +42,6 @@ def launch(hosts: Network, root: Path, *options: str, lines: str | None = None, 
     return done
 
 
-def test_a_host_that_does_not_answer(hosts: Network, root: Path) -> None:
-    done = launch(hosts, root, lines="node-a slots=1\nnode-b slots=1\nnode-silent slots=1\n")
-    assert "error: node-silent: unreachable" in done.out
-    assert "node-b:" not in done.out, "the others are fine"
-
-
-def test_a_host_of_which_nobody_knows(hosts: Network, root: Path) -> None:
-    done = launch(hosts, root, lines="node-a slots=1\nnode-typo slots=1\n")
-    assert "error: node-typo: its name cannot be resolved" in done.out
-
-
-def test_a_host_that_stands_twice(hosts: Network, root: Path) -> None:
-    done = launch(hosts, root, lines="node-a slots=1\nnode-b slots=1\nnode-a slots=1\n")
-    assert f"{root}/hostfile:3: host node-a stands twice, first in {root}/hostfile:1" in done.out
-
-
 def test_two_names_of_one_host(hosts: Network, root: Path) -> None:
     with (hosts.folder / "known_hosts").open("a", encoding="utf-8") as file:
         file.write(f"[10.77.0.2]:2222 {(hosts.folder / 'host.pub').read_text(encoding='utf-8')}")
@@ -66,8 +50,6 @@ def test_two_names_of_one_host(hosts: Network, root: Path) -> None:
 
 
 def test_more_slots_than_gpus_on_every_host(hosts: Network, root: Path) -> None:
-    done = launch(hosts, root, lines="node-a slots=8\nnode-b slots=9999\n", DS_ACCELERATOR=None)
-    assert "hostfile:2: host node-b: slots=9999; expected 1 to 1024" in done.out
     done = launch(hosts, root, lines="node-a slots=72\nnode-b slots=80\n", DS_ACCELERATOR=None)
     for name, line, slots in (("node-a", 1, 72), ("node-b", 2, 80)):
         assert f"error: {name}: {root}/hostfile:{line} asks for {slots} slots, but it has " in done.out
@@ -146,7 +128,9 @@ def test_an_interface_that_one_host_lacks(hosts: Network, root: Path) -> None:
 def test_all_problems_are_told_at_once(hosts: Network, root: Path) -> None:
     lines = "node-a slots=72\nnode-b slots=72\nnode-typo slots=1\nnode-silent slots=1\n"
     done = launch(hosts, root, lines=lines, DS_ACCELERATOR=None)
-    assert {"node-a", "node-b", "node-typo", "node-silent"} <= {
-        line.split(": ")[2] for line in done.out.splitlines() if ": error: " in line
-    }
+    told = [line for line in done.out.splitlines() if ": error: " in line]
+    assert len(told) == 4, done.out
     assert "nothing was started (4 problems)" in done.out
+    assert "error: node-silent: unreachable" in done.out
+    assert "error: node-typo: its name cannot be resolved" in done.out
+    assert all(f"error: {name}: " in done.out for name in ("node-a", "node-b"))

@@ -29,6 +29,7 @@ MAX_LINE = 1 << 20
 MAX_WORDS = 4096
 _TOKEN_BYTES = 16
 _STOP = signal.SIGUSR2  # vlscale.train.resilience.STOP, without importing PyTorch
+_LEAVING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Lines:
@@ -140,7 +141,7 @@ class Agent:
     def _handle(self, request: dict[str, Any]) -> dict[str, Any]:
         what = request["do"]
         if what == "look":
-            return look([str(path) for path in request["paths"][:MAX_WORDS]])
+            return look([str(path) for path in request["paths"][:MAX_WORDS]], str(request["master"]))
         if what == "listen":
             try:
                 self._listener = Listener(int(request["port"]))
@@ -158,12 +159,12 @@ class Agent:
         """Stand guard over a run. Every line renews the lease; without one for so long, the launcher is lost."""
         if not re.fullmatch(r"[0-9a-f]{16}", run_id):
             raise ValueError("run_id")
-        left: list[int] = []
-        stopping = False
+        stopping = seen = False
         try:
             _answer({})
             until = time.monotonic() + lease_s
             while time.monotonic() < until:
+                seen = seen or bool(run_processes.find(run_id))
                 try:
                     line = self._lines.next(min(1.0, lease_s))
                 except TimeoutError:
@@ -176,7 +177,12 @@ class Agent:
                 if stopping:  # again and again: some ranks may only just have started
                     run_processes.ask_to_stop(run_id, _STOP)
         finally:
+            for number in _LEAVING:
+                signal.signal(number, signal.SIG_IGN)  # a second one would stop the ending half-way
+            run_processes.kill_launchers(run_id)
             left = run_processes.end(run_id)
+            if not seen:
+                run_processes.end_latecomers(run_id)
             _answer({"left": left})
 
 
@@ -194,7 +200,7 @@ def _leave(number: int, _: object) -> NoReturn:
 
 def main() -> None:
     """Serve the launcher at the other end of stdin and stdout."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in _LEAVING:
         signal.signal(number, _leave)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     Agent(Lines(sys.stdin.fileno())).serve()

@@ -11,12 +11,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from vlscale.cluster import run_processes
 from vlscale.errors import VlscaleError
 
 NAMED = (
     "DS_ACCELERATOR", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "LD_LIBRARY_PATH", "CUDA_HOME", "TORCH_EXTENSIONS_DIR",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_TRACE_BUFFER_SIZE", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF",
-    "PYTHONPATH", "PYTHONHASHSEED", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRITON_CACHE_DIR", "TMPDIR",
+    "PYTHONPATH", "PYTHONHASHSEED", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRITON_CACHE_DIR",
 )  # fmt: skip
 """Exported where they are set."""
 
@@ -24,21 +25,27 @@ PREFIXES = ("NCCL_", "GLOO_", "VLSCALE_")
 """All variables with these are exported, too."""
 
 KEPT = ("HOME", "USER", "LOGNAME", "SHELL", "LANG", "TERM", "TMPDIR", "SSH_AUTH_SOCK", "KRB5CCNAME", "LD_LIBRARY_PATH",
-        "DS_ACCELERATOR", "PDSH_SSH_ARGS", "PDSH_SSH_ARGS_APPEND")  # fmt: skip
+        "XDG_RUNTIME_DIR", "DS_ACCELERATOR", "PDSH_SSH_ARGS", "PDSH_SSH_ARGS_APPEND")  # fmt: skip
 """What the launcher's own process needs besides; it exports none of them by itself."""
 
 MAX_VALUE = 32_768
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _SECRET = re.compile(
-    r"token(?!s)|key(?![a-z])|passw|passphrase|secret|credential|auth(?!or)|cookie|bearer", re.IGNORECASE
+    r"token(?!s)|keys?(?![a-z])|keytab|passw|passphrase|(?<!by)pass(?![a-z])|(?<=[a-z0-9_])pwd(?![a-z])|secret|credential"
+    r"|auth(?!or)|cookie|bearer",
+    re.IGNORECASE,
 )
+_NO_SECRETS = ("NCCL_IB_PKEY", "OLDPWD")
+_OWN = (run_processes.VARIABLE, run_processes.LAUNCHER_VARIABLE)
+"""Of a run that this one is started by: its processes are not to be taken for those."""
+
 # DeepSpeed puts values between double quotes, and pdsh replaces what follows a percent sign.
 _UNSAFE = re.compile(r'["$`\\%\x00-\x1f\x7f]')
 
 
 def looks_secret(name: str) -> bool:
     """Whether a variable's name says that its value is not for others' eyes."""
-    return bool(_SECRET.search(name))
+    return name not in _NO_SECRETS and bool(_SECRET.search(name))
 
 
 def exported(environment: Mapping[str, str], asked: tuple[str, ...], project: Path) -> dict[str, str]:
@@ -65,7 +72,7 @@ def exported(environment: Mapping[str, str], asked: tuple[str, ...], project: Pa
         if name not in environment:
             raise VlscaleError(f"--export {name}: it is not set here; set it, or drop --export {name}")
     names = [name for name in environment if name in NAMED or name in asked or name.startswith(PREFIXES)]
-    found = {name: environment[name] for name in sorted(names) if name in asked or not looks_secret(name)}
+    found = {name: environment[name] for name in sorted(names) if name not in _OWN and not looks_secret(name)}
     found["PATH"] = _first(str(Path(sys.executable).parent), environment.get("PATH", os.defpath))
     found["PYTHONPATH"] = _first(str(project), environment.get("PYTHONPATH", ""))
     for name, value in found.items():
@@ -79,11 +86,16 @@ def exported(environment: Mapping[str, str], asked: tuple[str, ...], project: Pa
     return found
 
 
-def launcher_environment(environment: Mapping[str, str], exports: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for the launcher itself.
+def ssh_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for ssh itself, which may need any of the user's: its sessions got them, too."""
+    return {name: value for name, value in environment.items() if name not in _OWN}
 
-    DeepSpeed exports, and prints, all variables of its environment that begin with PYTHON, MLFLOW, UCX, MV2 or NCCL:
-    what is not to travel must not be there.
+
+def deepspeed_environment(environment: Mapping[str, str], exports: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment for DeepSpeed's launcher itself.
+
+    It exports, and prints, all variables of its environment that begin with PYTHON, MLFLOW, UCX, MV2 or NCCL: what is
+    not to travel must not be there.
     """
     kept = {name: environment[name] for name in environment if name in KEPT or name.startswith("LC_")}
     return {**kept, "PATH": exports["PATH"]}
@@ -105,7 +117,7 @@ def interface_problem(exports: Mapping[str, str], interfaces: list[str]) -> list
         wanted = [word for word in value.removeprefix("=").split(",") if word]
         if not any(name == word or (not exact and name.startswith(word)) for word in wanted for name in interfaces):
             problems.append(
-                f"{variable}={value}, but it has only {', '.join(interfaces) or 'no interface'}; unset it: each host "
-                f"then chooses its own"
+                f"{variable}={value}, but it has only {', '.join(interfaces[:16]) or 'no interface'}; unset it: each "
+                f"host then chooses its own"
             )
     return problems

@@ -6,10 +6,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+import pwd
 import socket
 import subprocess
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,40 +25,77 @@ PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "numpy", "triton", "safe
 
 MAX_FILE = 16 << 20
 MAX_SOURCES = 2000
+RESOLVE_S = 3.0
+_QUERY_S = 15.0
 _QUERY = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
 
 
-def look(paths: Iterable[str]) -> dict[str, Any]:
+def look(paths: Iterable[str], master: str) -> dict[str, Any]:
     """Return this host's facts, as JSON can hold them.
 
     Args:
         paths: files and folders that the run needs.
+        master: name of the first host.
 
     Returns:
         ``host``; ``machine`` (an identity: equal for two names of one machine); ``versions`` (name -> version, of
-        Python, vlscale and :data:`PACKAGES`); ``source`` (hash of vlscale's own files); ``gpus`` (names);
-        ``interfaces`` (name -> addresses, those that are up); ``paths`` (path -> why it cannot be used, or a hash of
-        what a file, or the indices of a data folder, hold).
+        Python, vlscale and :data:`PACKAGES`); ``source`` (hash of vlscale's own files); ``gpus`` (names) and
+        ``gpu_problem`` (why there are none); ``interfaces`` (name -> addresses, those that are up); ``master``
+        (addresses that its name means here); ``shell`` (name of the login shell); ``paths`` (path -> why it cannot be
+        used, or a hash of what a file, or the indices of a data folder, hold).
     """
     interfaces = dict(_interfaces())
+    gpus, gpu_problem = gpu_names()
     return {
         "host": socket.gethostname(),
         "machine": _machine(interfaces),
         "versions": dict(_versions()),
         "source": source_hash(Path(vlscale.__file__).resolve().parent),
-        "gpus": gpu_names(),
+        "gpus": gpus,
+        "gpu_problem": gpu_problem,
         "interfaces": interfaces,
+        "master": addresses_of(master),
+        "shell": _login_shell(),
         "paths": {path: _examine(Path(path)) for path in paths},
     }
 
 
-def gpu_names() -> list[str]:
-    """Names of the NVIDIA GPUs that this host's driver shows; empty without a driver."""
+def gpu_names() -> tuple[list[str], str]:
+    """Names of the NVIDIA GPUs that this host's driver shows, and why there are none; empty without a reason."""
     try:
-        done = subprocess.run(_QUERY, capture_output=True, text=True, errors="replace", timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip()[:100] for line in done.stdout.splitlines() if line.strip()][:64]
+        done = subprocess.run(_QUERY, capture_output=True, text=True, errors="replace", timeout=_QUERY_S)
+    except FileNotFoundError:
+        return [], "no nvidia-smi on PATH"
+    except OSError as error:
+        return [], f"nvidia-smi cannot be started: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        return [], f"nvidia-smi did not answer within {_QUERY_S:.0f} s; look at its driver"
+    said = [line.strip()[:100] for line in done.stdout.splitlines() if line.strip()]
+    if done.returncode:
+        return [], f"nvidia-smi ended with status {done.returncode}: {said[-1] if said else 'it said nothing'}"
+    return said[:64], ""
+
+
+def addresses_of(name: str, timeout_s: float = RESOLVE_S) -> list[str]:
+    """Addresses that a host's name means here; none if nobody knows it, or no name server answers in time."""
+    found: list[str] = []
+
+    def resolve() -> None:
+        with suppress(OSError, UnicodeError):
+            answers = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+            found.extend(dict.fromkeys(str(answer[4][0]).split("%")[0] for answer in answers))
+
+    thread = threading.Thread(target=resolve, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return found[:16]
+
+
+def _login_shell() -> str:
+    try:
+        return Path(pwd.getpwuid(os.getuid()).pw_shell).name
+    except KeyError:
+        return Path(os.environ.get("SHELL", "")).name
 
 
 def source_hash(package: Path) -> str:

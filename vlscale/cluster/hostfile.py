@@ -9,7 +9,7 @@ from pathlib import Path
 from vlscale.errors import VlscaleError, nearest
 
 MAX_BYTES = 1 << 20
-MAX_HOSTS = 4096
+MAX_HOSTS = 1024
 MAX_SLOTS = 1024
 
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?")
@@ -46,7 +46,7 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
     if len(raw) > MAX_BYTES:
         raise VlscaleError(f"hostfile {path}: larger than {MAX_BYTES} bytes; {_SYNTAX} per line")
     hosts: dict[str, Host] = {}
-    for number, line in enumerate(raw.decode("utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(raw.decode("utf-8", errors="replace").split("\n"), 1):
         words = line.split("#", 1)[0].split()
         if not words:
             continue

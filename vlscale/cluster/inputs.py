@@ -17,10 +17,12 @@ class Needs:
     Attributes:
         paths: local files and folders.
         gpus: whether each process takes a GPU.
+        posix_shell: whether the login shell has to be one.
     """
 
     paths: tuple[str, ...]
     gpus: bool
+    posix_shell: bool = False
 
 
 def needs_of(script: Path, arguments: Sequence[str]) -> Needs:

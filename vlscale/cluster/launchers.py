@@ -16,7 +16,7 @@ from vlscale.cluster.hostfile import Host
 from vlscale.cluster.remote import Place
 from vlscale.errors import VlscaleError
 
-LAUNCHERS = ("pdsh", "ssh")
+LAUNCHERS = ("ssh", "pdsh")
 ENDED = re.compile(r"^pdsh@[^:]*: ([A-Za-z0-9_.-]+): ssh exited with exit code (\d+)$")
 """What pdsh says on stderr when the command on a host has failed: host, status."""
 
@@ -32,8 +32,6 @@ class Run:
         hosts: with their slots; the first is the master.
         master: address of the first host; port: that rank 0 listens on.
         script, arguments: as given.
-        filters: ``--include``/``--exclude`` with its value, or nothing.
-        hostfile: as given.
     """
 
     hosts: tuple[Host, ...]
@@ -41,8 +39,6 @@ class Run:
     port: int
     script: str
     arguments: tuple[str, ...]
-    filters: tuple[str, ...]
-    hostfile: Path
 
     @property
     def processes(self) -> int:
@@ -70,11 +66,23 @@ def check_launcher(launcher: str, place: Place, run_words: Sequence[str]) -> Non
                 raise VlscaleError(f"{path}: pdsh needs paths without spaces and signs; move it, or use --launcher ssh")
 
 
-def pdsh_command(run: Run, place: Place) -> list[str]:
-    """Return DeepSpeed's launcher, which starts pdsh; what it exports is in the file that ``DS_ENV_FILE`` names."""
+def hostfile_text(run: Run) -> str:
+    """Return a hostfile with the hosts of a run, for DeepSpeed; which of their slots, :func:`pdsh_command` says."""
+    return "".join(f"{host.name} slots={host.slots[-1] + 1}\n" for host in run.hosts)
+
+
+def pdsh_command(run: Run, place: Place, hostfile: Path) -> list[str]:
+    """Return DeepSpeed's launcher, which starts pdsh; what it exports is in the file that ``DS_ENV_FILE`` names.
+
+    Args:
+        run: what is started.
+        place: where.
+        hostfile: holds :func:`hostfile_text`.
+    """
+    chosen = "@".join(f"{host.name}:{','.join(map(str, host.slots))}" for host in run.hosts)
     port = ["--ssh_port", str(place.ssh_port)] if place.ssh_port is not None else []
     return [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(run.hostfile), *run.filters,
+        sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--include", chosen,
         "--launcher", "pdsh", "--force_multi", "--no_ssh_check", *port,
         "--master_addr", run.master, "--master_port", str(run.port),
         run.script, *map(_through_pdsh, run.arguments),

@@ -3,56 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from ipaddress import ip_address
-from typing import Any
 
+from vlscale.cluster.answers import Facts, text
 from vlscale.cluster.exports import interface_problem
 from vlscale.cluster.hostfile import Host
 from vlscale.cluster.inputs import Needs
-from vlscale.cluster.remote import HostError, Place, Session
+from vlscale.cluster.remote import CrowdedError, HostError, Place, Session
 
-LOOK_S = 28.0
+LOOK_S = 25.0
 CONNECT_S = 5.0
 ANSWER_S = 5.0
-"""Together at most 43 seconds: looking, opening the port, connecting with its answer."""
+"""Together at most 45 seconds: looking, opening the port, connecting with its answer, closing the port."""
 
-MAX_ADDRESSES = 16
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What an agent told, taken apart strictly; see :func:`vlscale.cluster.facts.look`."""
-
-    machine: str
-    versions: Mapping[str, str]
-    source: str
-    gpus: tuple[str, ...]
-    interfaces: Mapping[str, tuple[str, ...]]
-    paths: Mapping[str, Mapping[str, str]]
-
-    @classmethod
-    def parse(cls, answer: Mapping[str, Any]) -> Facts:
-        """Raises :class:`HostError` for anything but the expected types."""
-        try:
-            return cls(
-                _text(answer["machine"]),
-                {_text(name): _text(version) for name, version in answer["versions"].items()},
-                _text(answer["source"]),
-                tuple(map(_text, answer["gpus"])),
-                {_text(name): tuple(map(_text, held)) for name, held in answer["interfaces"].items()},
-                {path: {_text(key): _text(value) for key, value in state.items()}
-                 for path, state in answer["paths"].items()},
-            )  # fmt: skip
-        except (KeyError, TypeError, AttributeError):
-            raise HostError("its agent speaks another language; install the same vlscale on every host") from None
-
-    def addresses(self) -> list[str]:
-        """Addresses that other hosts might reach, IPv4 first."""
-        held = [ip_address(one) for addresses in self.interfaces.values() for one in addresses]
-        usable = [one for one in held if not one.is_loopback and not one.is_link_local]
-        return [str(one) for one in sorted(usable, key=lambda one: one.version)][:MAX_ADDRESSES]
+_PAUSE_S = (1.0, 4.0)
+_POSIX_SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "ksh93", "mksh", "ash", "busybox")
 
 
 @dataclass
@@ -91,8 +59,7 @@ async def check(
 
     async def ask(host: Host) -> str | None:
         try:
-            session = sessions[host.name] = await Session.open(host.name, place)
-            facts[host.name] = Facts.parse(await session.ask(LOOK_S, "look", paths=needs.paths))
+            facts[host.name] = await _ask(host.name, place, needs, hosts[0].name, sessions)
         except HostError as problem:
             return f"{host.name}: {problem}"
         return None
@@ -101,23 +68,51 @@ async def check(
     found.problems += [answer for answer in answers if answer]
     told = [host for host in hosts if host.name in facts]
     for host in told:
-        found.problems += [f"{host.name}: {text}" for text in _own_problems(host, facts[host.name], needs.gpus, place)]
+        found.problems += [f"{host.name}: {line}" for line in _own_problems(host, facts[host.name], needs, place)]
     found.problems += list(_differences(told, facts))
     if hosts[0].name in facts:
         names = [host.name for host in told]
-        candidates = [master] if master else facts[names[0]].addresses() or ["127.0.0.1"]
+        candidates = [master] if master else _candidates(names, facts)
         found.master, problems = await _meet(sessions, names, candidates, port)
         found.problems += problems
     return found
 
 
-def _own_problems(host: Host, facts: Facts, needs_gpus: bool, place: Place) -> list[str]:
+async def _ask(host: str, place: Place, needs: Needs, first: str, sessions: dict[str, Session]) -> Facts:
+    """Open a host's session and ask what it has; once more if too many connections came at once."""
+    until = time.monotonic() + LOOK_S
+
+    async def once() -> Facts:
+        session = sessions[host] = await Session.open(host, place)
+        answer = await session.ask(until - time.monotonic(), "look", paths=needs.paths, master=first)
+        return Facts.parse(answer, needs.paths)
+
+    try:
+        return await once()
+    except CrowdedError:
+        await sessions[host].close()
+        await asyncio.sleep(random.uniform(*_PAUSE_S))
+    return await once()
+
+
+def _candidates(names: Sequence[str], facts: Mapping[str, Facts]) -> list[str]:
+    """Addresses of the first host; first those that its name in the hostfile means on the other hosts."""
+    meant = frozenset[str]().union(*(facts[name].master for name in names[1:]))
+    found = sorted(facts[names[0]].addresses(), key=lambda address: address not in meant)
+    return found or ["127.0.0.1"]
+
+
+def _own_problems(host: Host, facts: Facts, needs: Needs, place: Place) -> list[str]:
     problems = []
-    if needs_gpus and host.slots[-1] >= len(facts.gpus):
+    if needs.gpus and host.slots[-1] >= len(facts.gpus):
+        reason = f" ({facts.gpu_problem})" if facts.gpu_problem else ""
         problems.append(
-            f"{host.line} asks for {host.slots[-1] + 1} slots, but it has {len(facts.gpus)} GPUs; lower slots, or set "
-            f"DS_ACCELERATOR=cpu to train without GPUs"
+            f"{host.line} asks for {host.slots[-1] + 1} slots, but it has {len(facts.gpus)} GPUs{reason}; lower slots, "
+            f"or set DS_ACCELERATOR=cpu to train without GPUs"
         )
+    if needs.posix_shell and facts.shell not in _POSIX_SHELLS:
+        problems.append(f"its login shell is {facts.shell or 'not known'}, which cannot read the commands of "
+                        f"DeepSpeed's pdsh launcher; use --launcher ssh")  # fmt: skip
     problems += [
         f"{path} {state['problem']} there; every host needs it at the same path"
         for path, state in facts.paths.items()
@@ -168,25 +163,19 @@ async def _meet(
     except HostError as problem:
         return "", [f"{first}: {problem}"]
     if "token" not in opened:
-        reason = str(opened.get("problem"))[:100]
+        reason = text(str(opened.get("problem")))
         return "", [f"{first}: cannot listen on port {port} ({reason}); choose another with --master_port"]
 
     async def connect(name: str) -> dict[str, str] | HostError:
+        request = {"addresses": candidates, "port": port, "token": opened["token"], "wait_s": CONNECT_S}
         try:
-            answer = await sessions[name].ask(
-                CONNECT_S + ANSWER_S,
-                "connect",
-                addresses=candidates,
-                port=port,
-                token=opened["token"],
-                wait_s=CONNECT_S,
-            )
-            failed = answer.get("failed")
-            return {key: _text(value) for key, value in failed.items()} if isinstance(failed, dict) else {}
-        except (HostError, TypeError) as problem:
-            return problem if isinstance(problem, HostError) else {}
+            failed = (await sessions[name].ask(CONNECT_S + ANSWER_S, "connect", **request))["failed"]
+            return {candidate: text(failed[candidate]) for candidate in candidates}
+        except (LookupError, TypeError):
+            return HostError("its agent did not say whether it reaches the first host")
+        except HostError as problem:
+            return problem
 
-    # The first host tries an address only if the user chose it: it must be one of its own.
     answers = dict(zip(names, await asyncio.gather(*map(connect, names)), strict=True))
     try:
         await sessions[first].ask(ANSWER_S, "close")
@@ -210,9 +199,3 @@ def _unreached(answers: Mapping[str, Mapping[str, str]], first: str, candidates:
     if not problems:
         problems.append(f"{first}: none of its addresses is reached by all hosts; give --master_addr")
     return problems
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return "".join(letter if letter.isprintable() else "?" for letter in value)

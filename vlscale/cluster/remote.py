@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import errno
 import json
 import os
 import re
@@ -18,7 +20,14 @@ from typing import Any
 from vlscale.cluster.agent import MARK, MAX_LINE
 
 CONNECT_S = 10
-ALIVE_S = 10
+ALIVE_S = 6
+SSH_OPTIONS = (
+    "-oBatchMode=yes", f"-oConnectTimeout={CONNECT_S}", f"-oServerAliveInterval={ALIVE_S}", "-oServerAliveCountMax=3",
+    # The user's shared connections and forwarded ports are for logging in: the first would outlive the run.
+    "-oControlPath=none", "-oClearAllForwardings=yes", "-oLogLevel=ERROR",
+)  # fmt: skip
+"""For every connection; a host that is silent is lost after 18 to 24 s, before its agent's lease runs out."""
+
 _NO_FOLDER, _NO_PYTHON = 90, 91
 _NOISE_LINES = 1000
 _TAIL = 4096
@@ -26,6 +35,10 @@ _TAIL = 4096
 
 class HostError(Exception):
     """What is wrong with a host, to be told after its name."""
+
+
+class CrowdedError(HostError):
+    """Too many connections at once; a little later it may work."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +60,22 @@ class Place:
     def ssh(self, host: str, words: list[str], more: Mapping[str, str] | None = None) -> list[str]:
         """Return the command that runs ``words`` on a host, in the project's folder and environment."""
         variables = [f"{name}={value}" for name, value in {**self.exports, **(more or {})}.items()]
-        script = (
+        script = _plain(
             f"cd {shlex.quote(str(self.project))} 2>/dev/null || exit {_NO_FOLDER}; "
             f"test -x {shlex.quote(self.python)} || exit {_NO_PYTHON}; "
             f"exec env {shlex.join([*variables, *words])}"
         )
-        options = ["BatchMode=yes", f"ConnectTimeout={CONNECT_S}", f"ServerAliveInterval={ALIVE_S}",
-                   "ServerAliveCountMax=3"]  # fmt: skip
         port = ["-p", str(self.ssh_port)] if self.ssh_port is not None else []
         # The login shell need not be a POSIX shell.
-        return ["ssh", "-T", "-x", *(f"-o{option}" for option in options), *port, "--", host,
+        return ["ssh", "-T", "-x", *SSH_OPTIONS, *port, "--", host,
                 f"exec sh -c {shlex.quote(script)}"]  # fmt: skip
+
+
+def _plain(script: str) -> str:
+    """Write a script so that every login shell passes it on as it is: csh reads ``!`` in quotes, fish reads ``\\``."""
+    if not re.search(r"[!\\]", script):
+        return script
+    return f'eval "$(echo {base64.b64encode(script.encode()).decode()} | base64 -d)"'
 
 
 class Session:
@@ -82,7 +100,8 @@ class Session:
                 *command, stdin=pipe, stdout=pipe, stderr=pipe, limit=MAX_LINE, start_new_session=True
             )
         except OSError as error:
-            raise HostError(f"ssh cannot be started ({error.strerror}); install openssh-client") from None
+            cure = "; install openssh-client" if error.errno == errno.ENOENT else ""
+            raise HostError(f"ssh cannot be started ({error.strerror}){cure}") from None
         return cls(host, place, process)
 
     async def ask(self, timeout_s: float, do: str, **more: Any) -> dict[str, Any]:
@@ -106,7 +125,7 @@ class Session:
     async def tell(self, line: str) -> None:
         """Send a line; one that cannot be sent is lost."""
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, asyncio.TimeoutError):
             self._process.stdin.write(f"{line}\n".encode())
             await asyncio.wait_for(self._process.stdin.drain(), 5)
 
@@ -119,10 +138,18 @@ class Session:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-        await self._process.wait()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._discard(), 5)
         self._drain.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._drain
+
+    async def _discard(self) -> None:
+        """Read what is still in the pipe: before that, asyncio does not take a process for ended."""
+        assert self._process.stdout is not None
+        while await self._process.stdout.read(1 << 16):
+            pass
+        await self._process.wait()
 
     async def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -132,13 +159,14 @@ class Session:
                 if not line:
                     await self._process.wait()
                     await asyncio.wait({self._drain}, timeout=2)
-                    raise HostError(self._explain())
-                if line.startswith(MARK):
-                    found = json.loads(line[len(MARK) :])
+                    raise self._explain()
+                _, mark, text = line.partition(MARK)  # a login shell may have printed something before, without an end
+                if mark:
+                    found = json.loads(text)
                     if isinstance(found, dict):
                         return found
                     break
-        except ValueError:  # a line without end, or no JSON
+        except (ValueError, RecursionError):  # a line without end, or no JSON
             pass
         raise HostError("its agent's answer cannot be read; does its login shell print something on stdout?")
 
@@ -147,15 +175,22 @@ class Session:
         while more := await self._process.stderr.read(_TAIL):
             self._complaints = (self._complaints + more)[-_TAIL:]
 
-    def _explain(self) -> str:
+    def _explain(self) -> HostError:
         status, python = self._process.returncode, self._place.python
         if status == _NO_FOLDER:
-            return f"has no folder {self._place.project}; every host needs the project at the same path"
+            return HostError(f"has no folder {self._place.project}; every host needs the project at the same path")
         if status == _NO_PYTHON:
-            return f"has no Python at {python}; every host needs the environment at the same path"
-        return explain_ssh(self._complaints.decode("utf-8", errors="replace"), self.host, status)
+            return HostError(f"has no Python at {python}; every host needs the environment at the same path")
+        complaints = self._complaints.decode("utf-8", errors="replace")
+        kind = CrowdedError if _meaning(complaints) is _CROWDED else HostError
+        return kind(explain_ssh(complaints, self.host, status))
 
 
+_CROWDED = (
+    r"kex_exchange_identification|Connection (closed|reset) by",
+    "ssh is refused before it begins; if too many connections come at once, raise MaxStartups in sshd_config there and "
+    "on the jump host",
+)
 _MEANINGS = (
     (r"REMOTE HOST IDENTIFICATION HAS CHANGED", "its host key has changed; make sure that it is the right host, then "
      "`ssh-keygen -R {host}` and `ssh {host}` once"),
@@ -165,14 +200,19 @@ _MEANINGS = (
     (r"Connection refused", "nobody answers on ssh's port; start sshd there, or give --ssh_port"),
     (r"timed out|No route to host|Network is unreachable", "unreachable; is it up, and on this network?"),
     (r"No module named '?vlscale", "its Python has no vlscale; install it there, or share the project's folder"),
+    _CROWDED,
 )  # fmt: skip
+
+
+def _meaning(complaints: str) -> tuple[str, str] | None:
+    return next((known for known in _MEANINGS if re.search(known[0], complaints)), None)
 
 
 def explain_ssh(complaints: str, host: str, status: int | None) -> str:
     """Return what ssh's stderr means, with the cure; what is not known is told as it is, in one line."""
-    for pattern, meaning in _MEANINGS:
-        if re.search(pattern, complaints):
-            return meaning.format(host=host)
+    known = _meaning(complaints)
+    if known:
+        return known[1].format(host=host)
     last = next((line for line in reversed(complaints.splitlines()) if line.strip()), "it said nothing")
     said = "".join(letter if letter.isprintable() else " " for letter in last).strip()[:200]
     return f"ssh or the agent ended with status {status}: {said}; try `ssh {host} true`"

@@ -16,6 +16,9 @@ VARIABLE = "VLSCALE_RUN_ID"
 LAUNCHER_VARIABLE = "VLSCALE_LAUNCHER_ID"
 """The same for the processes that start a run: DeepSpeed's launcher, pdsh, ssh."""
 
+LATE_S = 10.0
+"""How long after the end of a run its processes may still appear on a host."""
+
 _PROC = Path("/proc")
 _PATIENCE_S = 8.0
 _PAUSE_S = 0.1
@@ -62,13 +65,27 @@ def end(run_id: str) -> list[int]:
     return find(run_id)
 
 
+def end_latecomers(run_id: str, seconds: float = LATE_S) -> None:
+    """Kill what still comes: a shell on this host may be about to start a part of the run though ssh has gone."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        for pid in find(run_id):
+            _send(pid, signal.SIGKILL)
+        time.sleep(_PAUSE_S)
+
+
 def kill_launchers(run_id: str) -> None:
     """Kill what has started a run, at once: asked by SIGTERM, DeepSpeed's launcher would end other runs as well.
 
     pdsh starts each ssh in a session of its own, so that no process group holds them all.
     """
-    for pid in find(run_id, LAUNCHER_VARIABLE):
-        _send(pid, signal.SIGKILL)
+    for _ in range(10):  # again: one may just have started another
+        found = find(run_id, LAUNCHER_VARIABLE)
+        if not found:
+            return
+        for pid in found:
+            _send(pid, signal.SIGKILL)
+        time.sleep(_PAUSE_S)
 
 
 def _pids() -> list[int]:
