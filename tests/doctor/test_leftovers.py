@@ -67,7 +67,7 @@ def test_clean_removes_a_stale_file(
 ) -> None:
     item = found(planted, tmp_path)
     assert (item.kind, item.owner, item.in_use, item.bytes) == ("DeepSpeed", os.getuid(), False, mmap.PAGESIZE)
-    assert item.age_s == pytest.approx(3600, abs=60)
+    assert 3600 <= item.age_s < 86_400
     # The command as a user gives it, on this file alone: other tests' files are none of its business.
     monkeypatch.setattr(leftovers, "_MEMORY", [("DeepSpeed", _only(planted))])
     monkeypatch.setattr(leftovers, "_LOCKS", [])
