@@ -7,21 +7,19 @@ texts end in a target that is generated: see :class:`~vlscale.models.unimo_batch
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from vlscale.errors import VlscaleError
+from vlscale.models.base import PretrainingModel
 from vlscale.models.encoder import Encoder
-from vlscale.models.folder import parse_config, read_config, read_weights, resolve_folder, write_folder
+from vlscale.models.folder import parse_config
 from vlscale.models.heads import Pooler, WordHead
 from vlscale.models.layers import Linear
 from vlscale.models.unimo_batch import JointLayout, UnimoBatch
-from vlscale.models.unimo_config import UNIMO_HEADS, UnimoConfig, UnimoHead
+from vlscale.models.unimo_config import UNIMO_HEADS, UnimoConfig
 from vlscale.models.unimo_embeddings import UnimoImageEmbedder, UnimoTextEmbedder
 from vlscale.ragged import RaggedBatch
 
@@ -78,13 +76,7 @@ class UnimoEncoded:
         return self.hidden.index_select(0, self.layout.image_rows.index_select(0, self.layout.slots))
 
 
-class UnimoForPretraining(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="vlscale",
-    license="apache-2.0",
-    tags=["unimo", "vision-language"],
-):
+class UnimoForPretraining(PretrainingModel, tags=["unimo", "vision-language"]):
     """UNIMO with its heads.
 
     Every method that looks at single positions takes int64 indices into the text tokens (``RaggedBatch.input_ids``) or
@@ -96,6 +88,9 @@ class UnimoForPretraining(
     Raises:
         VlscaleError: the mapping has an unknown key (the nearest is named) or a value out of range.
     """
+
+    config_type = UnimoConfig
+    config: UnimoConfig
 
     def __init__(self, config: UnimoConfig | dict[str, Any]) -> None:
         super().__init__()
@@ -189,57 +184,9 @@ class UnimoForPretraining(
         fused_KH = text_KH * image_KH if self.config.match_fusion == "mul" else text_KH + image_KH
         return self.match_head(self.match_dropout(fused_KH)).squeeze(1)
 
-    def mlm_logits(self, encoded: UnimoEncoded, positions: Tensor) -> Tensor:
-        """Return [K, V], scores of all word pieces at K text tokens: masked ones, or the next ones of a target."""
-        self._require("words")
-        return self.word_head(encoded.hidden.index_select(0, encoded.text_index.index_select(0, positions)))
-
-    def predict_features(self, encoded: UnimoEncoded, positions: Tensor) -> Tensor:
-        """Return [K, D], regressed features of K regions."""
-        self._require("features")
-        return self.feature_head(encoded.hidden.index_select(0, encoded.region_index.index_select(0, positions)))
-
-    def classify_regions(self, encoded: UnimoEncoded, positions: Tensor) -> Tensor:
-        """Return [K, C], class scores of K regions."""
-        self._require("classes")
-        return self.region_classifier(encoded.hidden.index_select(0, encoded.region_index.index_select(0, positions)))
-
-    def set_activation_checkpointing(self, policy: str) -> None:
-        """Choose ``none``, ``full`` or ``every N``; see :meth:`vlscale.models.encoder.Encoder`."""
-        self.encoder.set_activation_checkpointing(policy)
-
     def external_parameters(self) -> list[tuple[nn.Module, Tensor]]:
         """Return (module, parameter) where a module's forward reads a parameter that another module owns."""
         return [(self.word_head, self.text_embedder.word.weight)] if "words" in self.config.heads else []
-
-    def _require(self, head: UnimoHead) -> None:
-        if head not in self.config.heads:
-            raise VlscaleError(
-                f"the model has no head {head!r} (heads in its configuration: {[*self.config.heads]}); "
-                "start a model with all heads from these weights (model.init_from)"
-            )
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        write_folder(save_directory, self.config, self.state_dict())
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> Self:
-        """Load a folder written by ``save_pretrained``, or a repository of the Hugging Face hub.
-
-        Args:
-            pretrained_model_name_or_path: folder, or hub repository.
-            **arguments: ``revision``, ``cache_dir``, ``local_files_only``, ``token``, ``force_download`` for the hub.
-
-        Returns:
-            The model in evaluation mode, in float32, on the CPU.
-
-        Raises:
-            VlscaleError: a file is missing, a key is unknown, weights are missing, left over or misshapen.
-        """
-        folder = resolve_folder(str(pretrained_model_name_or_path), **arguments)
-        model = cls(read_config(UnimoConfig, folder))
-        model.load_state_dict(read_weights(folder, {name: t.shape for name, t in model.state_dict().items()}))
-        return model.eval()
 
 
 def check_batch(batch: UnimoBatch, config: UnimoConfig) -> None:

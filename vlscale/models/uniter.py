@@ -7,18 +7,16 @@ positions of the micro-batch at once, and attention stays within the examples.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from pydantic import Field
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from vlscale.errors import VlscaleError
+from vlscale.models.base import PretrainingModel
 from vlscale.models.encoder import Encoder, EncoderConfig
-from vlscale.models.folder import parse_config, read_config, read_weights, resolve_folder, write_folder
+from vlscale.models.folder import parse_config
 from vlscale.models.heads import FeatureHead, Pooler, RegionClassifier, WordHead
 from vlscale.models.layers import Embedding, Linear
 from vlscale.ragged import RaggedBatch
@@ -126,13 +124,7 @@ def box_vectors(boxes_R4: Tensor) -> Tensor:
     return torch.cat([boxes_R4, sides_R2, sides_R2.prod(1, keepdim=True)], dim=1)
 
 
-class UniterForPretraining(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="vlscale",
-    license="apache-2.0",
-    tags=["uniter", "vision-language"],
-):
+class UniterForPretraining(PretrainingModel, tags=["uniter", "vision-language"]):
     """UNITER with its pre-training heads.
 
     Every method that looks at masked positions takes int64 indices into the text positions (``RaggedBatch.input_ids``)
@@ -144,6 +136,9 @@ class UniterForPretraining(
     Raises:
         VlscaleError: the mapping has an unknown key (the nearest is named) or a value out of range.
     """
+
+    config_type = UniterConfig
+    config: UniterConfig
 
     def __init__(self, config: UniterConfig | dict[str, Any]) -> None:
         super().__init__()
@@ -211,29 +206,10 @@ class UniterForPretraining(
         """Return [B, H], the pooled first position of each example ([CLS] where there is a text)."""
         return self.pooler(encoded.hidden.index_select(0, encoded.cu[:-1].long()))
 
-    def mlm_logits(self, encoded: Encoded, positions: Tensor) -> Tensor:
-        """Return [K, V], scores of all word pieces at K text positions."""
-        self._require("words")
-        return self.word_head(encoded.hidden.index_select(0, encoded.text_index.index_select(0, positions)))
-
-    def predict_features(self, encoded: Encoded, positions: Tensor) -> Tensor:
-        """Return [K, D], regressed features of K regions."""
-        self._require("features")
-        return self.feature_head(encoded.hidden.index_select(0, encoded.region_index.index_select(0, positions)))
-
-    def classify_regions(self, encoded: Encoded, positions: Tensor) -> Tensor:
-        """Return [K, C], class scores of K regions."""
-        self._require("classes")
-        return self.region_classifier(encoded.hidden.index_select(0, encoded.region_index.index_select(0, positions)))
-
     def itm_logits(self, encoded: Encoded) -> Tensor:
         """Return [B, 2], scores of (no match, match)."""
         self._require("matching")
         return self.itm_head(self.pool(encoded))
-
-    def set_activation_checkpointing(self, policy: str) -> None:
-        """Choose ``none``, ``full`` or ``every N``; see :meth:`vlscale.models.encoder.Encoder`."""
-        self.encoder.set_activation_checkpointing(policy)
 
     def external_parameters(self) -> list[tuple[nn.Module, Tensor]]:
         """Return (module, parameter) where a module's forward reads a parameter that another module owns.
@@ -246,13 +222,6 @@ class UniterForPretraining(
         if "features" in self.config.heads:
             shared.append((self.feature_head, self.image_embedder.projection.weight))
         return shared
-
-    def _require(self, head: Head) -> None:
-        if head not in self.config.heads:
-            raise VlscaleError(
-                f"the model has no head {head!r} (heads in its configuration: {[*self.config.heads]}); "
-                "start a model with all heads from these weights (model.init_from)"
-            )
 
     def _check(self, batch: RaggedBatch) -> None:
         if batch.features.shape[1] != self.config.feature_dim:
@@ -272,29 +241,6 @@ class UniterForPretraining(
                 f"dataset {batch.dataset!r}: texts have segments of type {int(types.max())}, the model has {rows} "
                 f"types; set model.config.type_vocab_size"
             )
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        write_folder(save_directory, self.config, self.state_dict())
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> Self:
-        """Load a folder written by ``save_pretrained``, or a repository of the Hugging Face hub.
-
-        Args:
-            pretrained_model_name_or_path: folder, or hub repository.
-            **arguments: ``revision``, ``cache_dir``, ``local_files_only``, ``token``, ``force_download`` for the hub.
-
-        Returns:
-            The model in evaluation mode, in float32, on the CPU.
-
-        Raises:
-            VlscaleError: a file is missing, a key is unknown, weights are missing, left over or misshapen.
-        """
-        folder = resolve_folder(str(pretrained_model_name_or_path), **arguments)
-        config = read_config(UniterConfig, folder)
-        model = cls(config)
-        model.load_state_dict(read_weights(folder, {name: t.shape for name, t in model.state_dict().items()}))
-        return model.eval()
 
 
 def _offset(cu: Tensor, owner: Tensor) -> Tensor:
