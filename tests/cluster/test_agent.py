@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from vlscale.cluster import run_processes
 from vlscale.cluster.agent import MARK, Listener, reach
 from vlscale.cluster.facts import look, source_hash
 
-RUN = "0123456789abcdef"
+RUN = secrets.token_hex(8)  # other tests' processes are none of these tests' business
 DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(100)"
 HOLDS = (
     "import signal, time; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2}); print('up', flush=True); "
@@ -137,6 +138,9 @@ def test_a_guard_kills_what_comes_after_the_end() -> None:
         process.stdin.write("end\n")
         process.stdin.flush()
         time.sleep(1)
-        with child(DEAF, RUN) as late:
-            assert late.wait(5) == -signal.SIGKILL
+        late = subprocess.Popen([sys.executable, "-c", DEAF], env={**os.environ, run_processes.VARIABLE: RUN})
+        try:
+            assert late.wait(8) == -signal.SIGKILL
+        finally:
+            late.kill()
         assert process.wait(20) == 0

@@ -228,6 +228,7 @@ def test_a_signal_during_the_check_starts_nothing(site: Site, number: int, statu
     ]
     process = subprocess.Popen([sys.executable, *words], cwd=site.folder, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # not nohup's
                                env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     try:
         until = time.monotonic() + 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ from vlscale.cluster.signals import asked
 from vlscale.cluster.supervise import Command, Streams, supervise
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN = "fedcba9876543210"
+RUN = secrets.token_hex(8)  # other tests' processes are none of these tests' business
 SIZE = 400_000
 TALK = (
     "import os, sys, time\n"
@@ -103,7 +104,10 @@ def test_a_reader_that_goes_ends_the_run_which_has_failed() -> None:
 
 
 @pytest.mark.parametrize(("ends", "status"), [("00", 0), ("03", 3), ("32", 2), ("0-", 128 + signal.SIGKILL), ("77", 7)])
-def test_the_status_is_0_only_if_every_part_says_so(tmp_path: Path, ends: str, status: int) -> None:
+def test_the_status_is_0_only_if_every_part_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ends: str, status: int
+) -> None:
+    monkeypatch.setattr(module, "GRACE_S", 20.0)  # every part ends by itself, however slowly it starts
     scripts = ["import os; os.kill(os.getpid(), 9)" if end == "-" else f"raise SystemExit({end})" for end in ends]
     with (tmp_path / "log").open("wb") as log:
         assert watched([[script] for script in scripts], log.fileno()) == status
