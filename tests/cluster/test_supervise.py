@@ -108,7 +108,8 @@ def test_the_status_is_0_only_if_every_part_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ends: str, status: int
 ) -> None:
     monkeypatch.setattr(module, "GRACE_S", 20.0)  # every part ends by itself, however slowly it starts
-    scripts = ["import os; os.kill(os.getpid(), 9)" if end == "-" else f"raise SystemExit({end})" for end in ends]
+    begin = "import os, time; time.sleep(1); "  # a part that fails at once keeps the others from being started
+    scripts = [begin + ("os.kill(os.getpid(), 9)" if end == "-" else f"raise SystemExit({end})") for end in ends]
     with (tmp_path / "log").open("wb") as log:
         assert watched([[script] for script in scripts], log.fileno()) == status
     said = (tmp_path / "log").read_text(encoding="utf-8")
