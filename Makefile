@@ -44,8 +44,8 @@ test: install
 	$(RUN) $(BIN)/python -m pytest -m "(multiprocess or alone) and not long and not gpu and not cluster"
 
 test-long: install
-	$(RUN) $(BIN)/python -m pytest -n 2 -m "long and not multiprocess and not gpu"
-	$(RUN) $(BIN)/python -m pytest -m "long and multiprocess and not gpu"
+	$(RUN) $(BIN)/python -m pytest -n 2 -m "long and not multiprocess and not alone and not gpu"
+	$(RUN) $(BIN)/python -m pytest -m "long and (multiprocess or alone) and not gpu"
 
 cluster-test: install
 	$(RUN) $(BIN)/python -m pytest -m cluster tests/cluster

@@ -32,6 +32,7 @@ def test_a_short_pre_training_learns() -> None:
     assert {name: found[name] for name, margin in MARGINS.items() if found[name] < margin} == {}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("broken", "metric"),
     [("masking", "grounding"), ("alignment", "alignment_accuracy"), ("negatives", "itm_accuracy")],

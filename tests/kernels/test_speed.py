@@ -42,7 +42,7 @@ def test_ipot_forward_and_backward_against_the_eager_loop():
     ("hidden", "names"),
     [
         (768, ("VisualBertModel, dynamic", "BertModel, dynamic")),
-        (1024, ("BertModel, dynamic", "UNITER, padded, dynamic, eager")),
+        pytest.param(1024, ("BertModel, dynamic", "UNITER, padded, dynamic, eager"), marks=pytest.mark.long),
     ],
 )
 def test_encoder_step_on_adaptive_region_counts_against_padded_rows(hidden, names):

@@ -120,6 +120,7 @@ def test_the_first_step_comes_soon(paths: list[str], tmp_path: Path) -> None:
     raise AssertionError(f"seconds from the command to the first step: {taken}")
 
 
+@pytest.mark.long
 def test_a_run_stopped_twice_ends_as_one_that_is_not(paths: list[str], undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     early = launch_and_stop(paths, run, 0)
