@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.models.test_uniter_partitioned import ROOT, _free_port
+from tests.multiprocess.launcher import ROOT, environment, free_port
 
 
 @pytest.mark.multiprocess
 def test_unimo_under_zero3_equals_plain_training():
-    port = _free_port()
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"},
-    }
+    port = free_port()
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    variables = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **place)
     command = [sys.executable, "-m", "tests.models.unimo_partitioned"]
     try:
-        run = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
+        run = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300, check=False)
     finally:
         for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
             left.unlink()

@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from tests.multiprocess.launcher import ROOT, environment, free_port
 
 
 @pytest.mark.multiprocess
 def test_uniter_under_zero3_equals_plain_training():
     """Some layers are computed again in the backward pass, some are not."""
-    port = _free_port()
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"},
-    }
+    port = free_port()
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    variables = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **place)
     try:
         run = subprocess.run(
             [sys.executable, "-m", "tests.models.partitioned", "every 2"],
             cwd=ROOT,
-            env=environment,
+            env=variables,
             capture_output=True,
             text=True,
             timeout=300,
