@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vlscale.config_unified import UnifiedSection
 from vlscale.config_values import Beta, Bytes, Folder, Positive, Probability, Root
 from vlscale.config_yaml import RecipeLoader
 from vlscale.errors import VlscaleError, nearest
 
-TaskName = Literal["mlm", "mrfr", "mrc", "mrckl", "itm"]
+TaskName = Literal["mlm", "mrfr", "mrc", "mrckl", "itm", "unified"]
 InitTables = Literal["exact", "grow", "reference"]
 TASKS: tuple[str, ...] = get_args(TaskName)
 MAX_RECIPE_BYTES = 1 << 20
@@ -197,7 +198,7 @@ class WraSection(Section):
 
 
 class ObjectivesSection(Section):
-    """Settings of the five objectives."""
+    """Settings of the objectives: the first five sections of UNITER's, ``unified`` of UNIMO's."""
 
     masking: Literal["conditional", "joint"] = Field(
         "conditional", description="conditional: one modality is masked at a time; joint: both (the paper's ablation)"
@@ -206,6 +207,7 @@ class ObjectivesSection(Section):
     mrm: MrmSection = MrmSection()
     itm: ItmSection = ItmSection()
     wra: WraSection = WraSection()
+    unified: UnifiedSection = UnifiedSection()
 
 
 class OptimizerSection(Section):

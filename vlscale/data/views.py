@@ -1,0 +1,77 @@
+"""Views: what the rows of a unified step are (UNIMO, ACL 2021), and which dataset each comes from.
+
+A unit of such a step is an image, a text, or a pair with all its views. Its rows are one group: never split, and
+costed as a whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Role(IntEnum):
+    """What a row of a unified step is for. Rows of a group stand in the order of these numbers.
+
+    The first three are masked and predicted; the others are contrasted with each other, and unmasked.
+    """
+
+    VISUAL = 0
+    """Regions are masked; a caption, if there is one, is visible."""
+    BIDIRECTIONAL = 1
+    """Spans of words are masked; the image, if there is one, is visible."""
+    SEQ2SEQ = 2
+    """Fragments of the text are taken out and generated; the image, if there is one, is visible."""
+    PAIR = 3
+    """The pair as it is, image and caption encoded together."""
+    POSITIVE = 4
+    """The image with a rewritten caption that says the same."""
+    NEGATIVE = 5
+    """The image with a rewritten caption that is not true of it."""
+    IMAGE = 6
+    """The pair's image alone."""
+    TEXT = 7
+    """The pair's caption alone."""
+    RETRIEVED_IMAGE = 8
+    """Another image, like the pair's, alone."""
+    RETRIEVED_TEXT = 9
+    """A sentence like the caption, alone."""
+
+
+MASKED = (Role.VISUAL, Role.BIDIRECTIONAL, Role.SEQ2SEQ)
+"""The rows that are masked."""
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """What the B rows of a unified step are.
+
+    Attributes:
+        datasets: the datasets of the step, in the recipe's order.
+        source: int8 [B], which of them the row's text and image are rows of.
+        role: int8 [B], see :class:`Role`.
+        view: int64 [B], number of the rewritten caption in the dataset's ``rewrites`` (the views of all texts, one
+            after the other); -1: the text is the caption itself.
+    """
+
+    datasets: tuple[str, ...]
+    source: NDArray[np.int8]
+    role: NDArray[np.int8]
+    view: NDArray[np.int64]
+
+    def take(self, members: NDArray[np.int64] | slice) -> Views:
+        """Those of some rows."""
+        return Views(self.datasets, self.source[members], self.role[members], self.view[members])
+
+
+def most_fragments(tokens: NDArray[np.int32], probability: float, shortest: int) -> NDArray[np.int32]:
+    """int32 [B], most fragments that are taken out of texts of int32 [B] word pieces to be generated.
+
+    Fragments of at least ``shortest`` word pieces are taken until they are ``probability`` of the text; a text shorter
+    than a fragment is one.
+    """
+    wanted = np.ceil(tokens * probability).astype(np.int64)
+    return np.maximum(1, -(-wanted // shortest)).astype(np.int32)
