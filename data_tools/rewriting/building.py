@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ from vlscale.errors import VlscaleError
 
 PART_ROWS = 5_000
 CHUNK_ROWS = 512
+_COLLECT_AFTER = 1_000_000
 
 
 def parse_command(
@@ -123,6 +128,36 @@ def _merge(
     show_report(run.root, work.kind, console)
     report: dict[str, Any] = json.loads((run.root / f"report-{work.kind}.json").read_bytes())
     return report
+
+
+def publish_folder(work: Work, fill: Callable[[Path], None]) -> None:
+    """Fill ``work.merged``, unless that is done; it appears when it is complete.
+
+    Raises:
+        VlscaleError: another process does, or it cannot be written.
+    """
+    with work.lock("merge"):
+        if work.merged.exists():
+            return
+        temporary = work.folder / f".{work.kind}-merged.tmp"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            fill(temporary)
+            os.rename(temporary, work.merged)
+        except OSError as error:
+            raise VlscaleError(f"{work.merged}: cannot be written ({error})") from None
+
+
+@contextmanager
+def rare_collections() -> Iterator[None]:
+    """Look for unreachable cycles seldom: there are few, and among remembered captions the search is a third of all."""
+    before = gc.get_threshold()
+    gc.set_threshold(_COLLECT_AFTER, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 class Neighbourhood:

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from data_tools.retrieval.detected import Detected, Detections
+from data_tools.rewriting import lexicon
 from data_tools.rewriting.back_translation import BackTranslator, Translation
-from data_tools.rewriting.building import Neighbourhood, chunks, open_texts
+from data_tools.rewriting.building import Neighbourhood, chunks, open_texts, rare_collections
 from data_tools.rewriting.graph import Analysis
 from data_tools.rewriting.meanings import may_be_same
 from data_tools.rewriting.neighbours import TermIndex
-from data_tools.rewriting.replacing import Known, Rewrite, Rewriter, known_of, normalised
-from data_tools.rewriting.stores import RewriteWriter, UnitStore, require_same_texts
+from data_tools.rewriting.reading import decode_rows
+from data_tools.rewriting.replacing import Known, Rewriter, known_of, normalised
+from data_tools.rewriting.stores import RewriteWriter, analysis_of
 from data_tools.rewriting.vocabulary import read_vocabulary
 from data_tools.tokenizers import AnyTokenizer, load_tokenizer
 from data_tools.under_way import counted
+from vlscale.data.companion_schema import Rewrite
+from vlscale.data.companions import UnitStore, require_same_texts
 from vlscale.data.store import TextStore
 from vlscale.errors import VlscaleError
 
 _SPARE = 8
 """Neighbours looked at per one that is wanted: some are of the same image, or name nothing else."""
 
+_AHEAD = 3
+"""Neighbours per one that is wanted that are read together with those of other captions; most need no more."""
 
 _REMEMBERED = 30_000
 """Captions that a process keeps in memory."""
@@ -44,6 +51,7 @@ class Wanted:
         vocabulary: ``vocabulary.json``; None for the one in ``units``.
         tokenizer: None for the one in ``texts``.
         translation: back-translation; None for none.
+        regions: where the classes of the images' regions are looked for; None: not at all.
     """
 
     per_kind: int = 8
@@ -55,6 +63,7 @@ class Wanted:
     vocabulary: Path | None = None
     tokenizer: Path | None = None
     translation: Translation | None = None
+    regions: Detections | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +73,11 @@ class _Caption:
     text: str
     ids: tuple[int, ...]
     analysis: Analysis
+
+    @cached_property
+    def normal(self) -> str:
+        """The text without differences that do not count."""
+        return normalised(self.text)
 
 
 _Views = tuple[list[Rewrite], set[tuple[int, ...]]]
@@ -82,9 +96,10 @@ class RewriteBuilder:
         self.wanted = wanted
         self._read: dict[int, _Caption] = {}
         self._known: tuple[tuple[int, ...], Known] = (), known_of(())
+        self._names: dict[int, frozenset[str]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "wanted": self.wanted, "_read": {}, "_known": ((), known_of(()))}
+        return {"root": self.root, "wanted": self.wanted, "_read": {}, "_known": ((), known_of(())), "_names": {}}
 
     @cached_property
     def texts(self) -> TextStore:
@@ -97,7 +112,7 @@ class RewriteBuilder:
         if not (self.root / "units").is_dir():
             raise VlscaleError(f"{self.root / 'units'}: is missing; run python -m data_tools.find_units first")
         store = UnitStore(self.root / "units")
-        require_same_texts(store, self.texts, self.texts.meta.vocabulary.fingerprint)
+        require_same_texts(store, self.texts)
         return store
 
     @cached_property
@@ -133,6 +148,15 @@ class RewriteBuilder:
         return tokenizer
 
     @cached_property
+    def detected(self) -> Detected | None:
+        """Names of what a detector saw in the images; None where none are known."""
+        where = self.wanted.regions
+        if where is None or not (where.root / "images").is_dir():
+            return None
+        found = where.open()
+        return found if found.named else None
+
+    @cached_property
     def neighbourhood(self) -> Neighbourhood:
         """Which captions share an image."""
         return Neighbourhood(self.texts)
@@ -143,35 +167,68 @@ class RewriteBuilder:
         Raises:
             VlscaleError: something is missing or does not fit.
         """
-        _ = self.units, self.rewriter, self.index, self.tokenizer, self.translator
+        _ = self.units, self.rewriter, self.index, self.tokenizer, self.translator, self.detected
 
     def build(self, number: int, part: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         """Write the part's ``rewrites`` into ``folder``."""
         made, told = Counter[str](), Counter[str]()
         rows = counted(range(part["begin"], part["end"]))
-        with RewriteWriter(folder, self.texts.meta.vocabulary.fingerprint, self.wanted.seed) as writer:
+        vocabulary = self.texts.meta.vocabulary
+        with rare_collections(), RewriteWriter(folder, vocabulary, self.wanted.seed) as writer:
             for chunk in chunks(part):
-                if len(self._read) > _REMEMBERED:
-                    self._read.clear()
-                captions = [self._caption(row) for row in chunk]
-                paraphrases = zip(captions, self._paraphrases(captions), strict=True)
-                made_of = [self._views(caption, others, told) for caption, others in paraphrases]
+                captions = self._captions(chunk)
+                self._look_at(captions, told)
+                paraphrases, neighbours = self._paraphrases(captions), self._neighbours(captions)
+                made_of = [self._views(*each, told) for each in zip(captions, paraphrases, neighbours, strict=True)]
                 for caption, views in zip(captions, self._encoded(made_of, told), strict=True):
                     next(rows)
                     writer.write(caption.name, views)
                     made.update(f"{'positive' if view.positive else 'negative'} {view.kind}" for view, _ in views)
                     told["captions without any rewrite"] += not views
                     told["captions without objects, attributes and relations"] += caption.analysis.empty
-        self._read = {}
         return {"rows": writer.rows_written, "rewrites": dict(made), "told": {k: n for k, n in told.items() if n}}
 
-    def _caption(self, row: int) -> _Caption:
-        found = self._read.get(row)
-        if found is None:
-            text = self.texts.row(row)
-            analysis = self.units.analysis(row, text["id"], text["text"])
-            found = _Caption(row, text["id"], text["text"], tuple(text["input_ids"].tolist()), analysis)
-            self._read[row] = found
+    def _captions(self, rows: Iterable[int]) -> list[_Caption]:
+        """Captions by row; what has been read before is remembered."""
+        rows = list(rows)
+        new = [row for row in dict.fromkeys(rows) if row not in self._read]
+        if not new:
+            return [self._read[row] for row in rows]
+        if len(self._read) + len(new) > _REMEMBERED:
+            self._read, new = {}, list(dict.fromkeys(rows))
+        texts, graphs = decode_rows(self.texts, new), decode_rows(self.units, new)
+        for row, text, graph in zip(new, texts, graphs, strict=True):
+            analysis = analysis_of(self.units, row, graph, text["id"], text["text"])
+            self._read[row] = _Caption(row, text["id"], text["text"], tuple(text["input_ids"].tolist()), analysis)
+        return [self._read[row] for row in rows]
+
+    def _look_at(self, captions: Sequence[_Caption], told: Counter[str]) -> None:
+        """Read the names of what was detected in the images of some captions."""
+        if self.detected is None:
+            return
+        of = [self.neighbourhood.images_of(caption.row) for caption in captions]
+        images = list(dict.fromkeys(image for several in of for image in several))
+        named = self.detected.classes(images)
+        self._names = {image: frozenset(lemmas_of(names)) for image, names in zip(images, named, strict=True)}
+        told["captions whose regions have known classes"] += sum(
+            any(self._names[image] for image in several) for several in of
+        )
+
+    def _siblings(self, row: int) -> list[int]:
+        """The captions of its images, itself among them."""
+        return self.neighbourhood.texts_of(self.neighbourhood.images_of(row)) or [row]
+
+    def _neighbours(self, captions: Sequence[_Caption]) -> list[list[int]]:
+        """Rows of the nearest captions of other images, best first."""
+        siblings = [self._siblings(caption.row) for caption in captions]
+        found: list[list[int]] = [[] for _ in captions]
+        count = self.wanted.sentences
+        if self.index is not None:
+            for number, (caption, own) in enumerate(zip(captions, siblings, strict=True)):
+                nearest = self.index.nearest(caption.text, _SPARE * count + len(own), caption.row)
+                found[number] = [row for row, _ in nearest if row not in own]
+        self._captions(row for own in siblings for row in own)
+        self._captions(row for several in found for row in several[: _AHEAD * count])
         return found
 
     def _paraphrases(self, captions: Sequence[_Caption]) -> list[list[str]]:
@@ -179,16 +236,19 @@ class RewriteBuilder:
             return [[] for _ in captions]
         return self.translator.paraphrase([caption.text for caption in captions])
 
-    def _views(self, caption: _Caption, paraphrases: Sequence[str], told: Counter[str]) -> _Views:
+    def _views(
+        self, caption: _Caption, paraphrases: Sequence[str], neighbours: Sequence[int], told: Counter[str]
+    ) -> _Views:
         """All views of a caption, and the word pieces of the captions of its image."""
         images = self.neighbourhood.images_of(caption.row)
-        siblings = [self._caption(row) for row in self.neighbourhood.texts_of(images)] or [caption]
+        siblings = self._captions(self._siblings(caption.row))
         if not images or self._known[0] != images:  # the texts of an image lie together
-            self._known = images, known_of((one.text, one.analysis) for one in siblings)
+            names = frozenset().union(*(self._names.get(image, frozenset()) for image in images))
+            self._known = images, known_of(((one.text, one.analysis) for one in siblings), names)
         known = self._known[1]
         views = list(self._positives(caption, paraphrases, told))
         views += self.rewriter.rewrite(caption.name, caption.text, caption.analysis, known)
-        views += self._sentences(caption, {one.row for one in siblings}, known, told)
+        views += self._sentences(neighbours, known, told)
         return views, {one.ids for one in siblings}
 
     def _encoded(self, views: Sequence[_Views], told: Counter[str]) -> Iterator[list[tuple[Rewrite, list[int]]]]:
@@ -200,8 +260,8 @@ class RewriteBuilder:
                 ids = next(encoded)
                 if not ids or tuple(ids) in taken:
                     told["rewrites dropped: word pieces of another caption, or none"] += 1
-                elif normalised(view.text) not in texts:
-                    texts.add(normalised(view.text))
+                elif (normal := normalised(view.text)) not in texts:
+                    texts.add(normal)
                     taken.add(tuple(ids))
                     kept.append((view, ids))
             yield kept
@@ -213,21 +273,30 @@ class RewriteBuilder:
             else:
                 yield Rewrite(text, True, "sentence", "", "back-translation")
 
-    def _sentences(self, caption: _Caption, siblings: set[int], known: Known, told: Counter[str]) -> list[Rewrite]:
+    def _sentences(self, neighbours: Sequence[int], known: Known, told: Counter[str]) -> list[Rewrite]:
         """The nearest captions of other images that name something which nobody names in this one."""
         if self.index is None:
             return []
-        count = self.wanted.sentences
+        count, taken = self.wanted.sentences, set(known.texts)
         found: list[Rewrite] = []
-        for row, _ in self.index.nearest(caption.text, _SPARE * count + len(siblings), caption.row):
-            if row in siblings or len(found) == count:
-                continue
-            other = self._caption(row)
-            fresh = normalised(other.text) not in known.texts | {normalised(view.text) for view in found}
-            if fresh and names_something_else(other.analysis, known):
+        for row in neighbours:
+            if len(found) == count:
+                break
+            other = self._read.get(row) or self._captions([row])[0]
+            if other.normal not in taken and names_something_else(other.analysis, known):
+                taken.add(other.normal)
                 found.append(Rewrite(other.text, False, "sentence", "", other.name))
         told["captions with fewer sentences than asked for"] += len(found) < count
         return found
+
+
+def lemmas_of(names: Iterable[str]) -> Iterator[str]:
+    """Base forms of the names of classes; "leaves" is "leaf", and "pot,pan" is both."""
+    for name in names:
+        for each in name.lower().split(","):
+            head, space, last = each.strip().rpartition(" ")
+            if last:
+                yield head + space + lexicon.noun_lemma(last)[0]
 
 
 def names_something_else(analysis: Analysis, known: Known) -> bool:

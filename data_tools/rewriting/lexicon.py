@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +32,17 @@ def _inflect() -> Any:
     except ImportError:
         raise VlscaleError("inflect is missing; pip install 'vlscale[rewrite]'") from None
     return inflect.engine()
+
+
+def require_packages() -> None:
+    """Raise if a package is missing; inflect takes seconds to import, and few captions need it to be parsed.
+
+    Raises:
+        VlscaleError: it is.
+    """
+    for name in ("lemminflect", "inflect"):
+        if find_spec(name) is None:
+            raise VlscaleError(f"{name} is missing; pip install 'vlscale[rewrite]'")
 
 
 @lru_cache(maxsize=_CACHE)

@@ -55,7 +55,7 @@ def _idf(frequency: NDArray[np.int64], count: int) -> NDArray[np.float64]:
 
 
 class TermIndex:
-    """The captions nearest to a text.
+    """The captions nearest to a text; 8 bytes per caption in each process, beside memory maps that they share.
 
     Args:
         folder: where :func:`merge_terms` wrote, for ``captions`` rows.
@@ -69,11 +69,13 @@ class TermIndex:
     def __init__(self, folder: Path, captions: int, most_postings: int = MOST_POSTINGS) -> None:
         if not (folder / "term_ptr.npy").is_file():
             raise VlscaleError(f"{folder}: has no index of terms (texts without images?); sentences need one")
-        self._hashes = read_array(folder / "term_hashes.npy", "uint64")
-        self._ptr = read_array(folder / "term_ptr.npy", "int64", len(self._hashes) + 1)
+        # A memory map is indexed faster as what it is underneath.
+        self._hashes = np.asarray(read_array(folder / "term_hashes.npy", "uint64"))
+        self._ptr = np.asarray(read_array(folder / "term_ptr.npy", "int64", len(self._hashes) + 1))
         total = int(self._ptr[-1])
-        self._rows = read_array(folder / "term_rows.npy", "int32", total)
-        self._weights = read_array(folder / "term_weights.npy", "float32", total)
+        self._rows = np.asarray(read_array(folder / "term_rows.npy", "int32", total))
+        self._weights = np.asarray(read_array(folder / "term_weights.npy", "float32", total))
+        self._sums = np.zeros(captions)
         self._captions = captions
         self._most = most_postings
         if total and (self._rows.min() < 0 or self._rows.max() >= captions):
@@ -90,25 +92,31 @@ class TermIndex:
             start: row from which long lists of captions are looked at, so that the queries of a large corpus do not
                 all meet the same ones.
         """
-        hashes, times = np.unique(hashes_of(text), return_counts=True)
-        at = np.searchsorted(self._hashes, hashes)
-        known = at < len(self._hashes)
-        known[known] = self._hashes[at[known]] == hashes[known]
-        terms, times = at[known], times[known]
+        terms, times = self._terms_of(text)
         if not len(terms):
             return []
         weights = times * _idf(self._ptr[terms + 1] - self._ptr[terms], self._captions)
         weights /= np.sqrt(np.sum(weights**2))
-        rows, scores = [], []
+        sums, met = self._sums, []
         for term, weight in zip(terms.tolist(), weights.tolist(), strict=True):
             begin, end = int(self._ptr[term]), int(self._ptr[term + 1])
             for low, high in self._window(begin, end, start):
-                rows.append(self._rows[low:high])
-                scores.append(self._weights[low:high] * weight)
-        found, places = np.unique(np.concatenate(rows), return_inverse=True)
-        cosines = np.bincount(places, np.concatenate(scores))
-        order = np.lexsort((found, -np.round(cosines, 6)))[:count]
-        return [(int(found[one]), float(cosines[one])) for one in order]
+                rows = self._rows[low:high]  # each once: they rise within a word
+                before = sums[rows]
+                met.append(rows[before == 0])
+                sums[rows] = before + self._weights[low:high] * weight
+        found = np.concatenate(met)
+        cosines = sums[found]
+        sums[found] = 0
+        return _best(found, cosines, count)
+
+    def _terms_of(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The words of a text that the captions have, and how often it has each."""
+        hashes, times = np.unique(hashes_of(text), return_counts=True)
+        at = np.searchsorted(self._hashes, hashes)
+        known = at < len(self._hashes)
+        known[known] = self._hashes[at[known]] == hashes[known]
+        return at[known], times[known]
 
     def _window(self, begin: int, end: int, start: int) -> list[tuple[int, int]]:
         """At most ``most_postings`` places of a word's list, from row ``start`` on, wrapping around."""
@@ -117,3 +125,14 @@ class TermIndex:
         first = begin + int(np.searchsorted(self._rows[begin:end], start))
         stop = first + self._most
         return [(first, stop)] if stop <= end else [(first, end), (begin, begin + stop - end)]
+
+
+def _best(rows: NDArray[np.int32], cosines: NDArray[np.float64], count: int) -> list[tuple[int, float]]:
+    """The ``count`` best, best first, then by row; cosines are compared to six digits."""
+    rounded = np.round(cosines, 6)
+    if 0 < count < len(rows):
+        least = np.partition(rounded, len(rows) - count)[len(rows) - count]
+        kept = np.flatnonzero(rounded >= least)
+        rows, cosines, rounded = rows[kept], cosines[kept], rounded[kept]
+    order = np.lexsort((rows, -rounded))[:count]
+    return list(zip(rows[order].tolist(), cosines[order].tolist(), strict=True))

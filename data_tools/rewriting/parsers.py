@@ -51,6 +51,5 @@ class ParserChoice:
         """
         if self.spacy_model is not None:
             return SpacyParser(self.spacy_model)
-        lexicon.article("a")  # both packages are there
-        lexicon.classes("a")
+        lexicon.require_packages()
         return LexiconParser()

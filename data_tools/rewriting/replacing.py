@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
 
 from data_tools.rewriting import lexicon
 from data_tools.rewriting.graph import Analysis, Attribute, Object, Relation, Word
@@ -21,28 +21,15 @@ from data_tools.rewriting.meanings import (
     may_be_same,
 )
 from data_tools.rewriting.vocabulary import Vocabulary
+from vlscale.data.companion_schema import Rewrite, RewriteKind
 
-Kind = Literal["object", "attribute", "relation", "sentence"]
-KINDS: tuple[Kind, ...] = ("object", "attribute", "relation")
+KINDS: tuple[RewriteKind, ...] = ("object", "attribute", "relation")
 _TRIES = 12
+_Slot = Object | Attribute | Relation
+_Made = tuple[str, str, str]
+"""The new caption, and what was replaced by what."""
 
-
-@dataclass(frozen=True)
-class Rewrite:
-    """A rewritten caption.
-
-    Attributes:
-        text: the new caption.
-        positive: it says the same; otherwise it is false of the image.
-        kind: what was replaced, or ``sentence``.
-        old, new: what was replaced by what, as the texts spell it; for sentences where it comes from.
-    """
-
-    text: str
-    positive: bool
-    kind: Kind
-    old: str
-    new: str
+_Make = Callable[[_Slot, str], _Made]
 
 
 @dataclass(frozen=True)
@@ -113,36 +100,41 @@ class Rewriter:
             known: what is said of its image, by this caption too.
         """
         rng = random.Random(f"vlscale-rewrite/{self.seed}/{name}")
-        draw: dict[Kind, Callable[[], Iterator[tuple[str, str, str]]]] = {
-            "object": lambda: self._objects(rng, text, analysis, known),
-            "attribute": lambda: self._attributes(rng, text, analysis, known),
-            "relation": lambda: self._relations(rng, text, analysis, known),
+
+        @cache
+        def made(slot: _Slot, new: str) -> _Made:
+            return _with(text, analysis.words, slot, new)
+
+        draw: dict[RewriteKind, Callable[[], Iterator[_Made]]] = {
+            "object": lambda: self._objects(rng, made, analysis, known),
+            "attribute": lambda: self._attributes(rng, made, analysis, known),
+            "relation": lambda: self._relations(rng, made, analysis, known),
         }
-        found, taken = [], set(known.texts)
+        found, taken, seen = [], set(known.texts), set[str]()
         for kind in KINDS:
             count = 0
             for new_text, old, new in draw[kind]():
                 if count == self.per_kind:
                     break
-                if normalised(new_text) not in taken:
-                    taken.add(normalised(new_text))
+                if new_text in seen:
+                    continue
+                seen.add(new_text)
+                normal = normalised(new_text)
+                if normal not in taken:
+                    taken.add(normal)
                     found.append(Rewrite(new_text, False, kind, old, new))
                     count += 1
         return found
 
-    def _objects(
-        self, rng: random.Random, text: str, analysis: Analysis, known: Known
-    ) -> Iterator[tuple[str, str, str]]:
+    def _objects(self, rng: random.Random, made: _Make, analysis: Analysis, known: Known) -> Iterator[_Made]:
         slots = [item for item in analysis.objects if not item.fixed and self.vocabulary.objects[item.form]]
         for _ in range(_TRIES * self.per_kind if slots else 0):
             slot = rng.choice(slots)
             lemma = rng.choice(self.vocabulary.objects[slot.form])
             if not any(may_be_same(lemma, other) for other in known.objects):
-                yield _with(text, analysis.words, slot, _noun(lemma, slot))
+                yield made(slot, _noun(lemma, slot))
 
-    def _attributes(
-        self, rng: random.Random, text: str, analysis: Analysis, known: Known
-    ) -> Iterator[tuple[str, str, str]]:
+    def _attributes(self, rng: random.Random, made: _Make, analysis: Analysis, known: Known) -> Iterator[_Made]:
         slots = [(item, self._attributes_instead(item)) for item in analysis.attributes if _replaceable(item, analysis)]
         slots = [(item, offered) for item, offered in slots if offered]
         for _ in range(_TRIES * self.per_kind if slots else 0):
@@ -154,7 +146,7 @@ class Rewriter:
                 for other, word in known.attributes
                 if not attribute_kinds(word) or set(attribute_kinds(word)) & set(attribute_kinds(new))
             ):
-                yield _with(text, analysis.words, slot, new)
+                yield made(slot, new)
 
     def _attributes_instead(self, item: Attribute) -> list[str]:
         kinds = attribute_kinds(item.lemma)
@@ -170,15 +162,13 @@ class Rewriter:
             return said != new
         return excludes_attribute(said, new)
 
-    def _relations(
-        self, rng: random.Random, text: str, analysis: Analysis, known: Known
-    ) -> Iterator[tuple[str, str, str]]:
+    def _relations(self, rng: random.Random, made: _Make, analysis: Analysis, known: Known) -> Iterator[_Made]:
         slots = [(item, self._relations_instead(item, known)) for item in analysis.relations]
         slots = [(item, offered) for item, offered in slots if offered]
         for _ in range(_TRIES * self.per_kind if slots else 0):
             slot, offered = rng.choice(slots)
             lemma = rng.choice(offered)
-            yield _with(text, analysis.words, slot, lexicon.conjugate(lemma, slot.tag) if slot.tag else lemma)
+            yield made(slot, lexicon.conjugate(lemma, slot.tag) if slot.tag else lemma)
 
     def _relations_instead(self, item: Relation, known: Known) -> list[str]:
         prepositions = self.vocabulary.relations["preposition"]
@@ -214,7 +204,7 @@ def _noun(lemma: str, slot: Object) -> str:
     return lexicon.plural(lemma) if slot.form in ("plural", "counted") else lemma
 
 
-def _with(text: str, words: Sequence[Word], slot: Object | Attribute | Relation, new: str) -> tuple[str, str, str]:
+def _with(text: str, words: Sequence[Word], slot: _Slot, new: str) -> _Made:
     """The text with other words in a place, and the article before it set right; also the old and the new words."""
     first, last = words[slot.start], words[slot.end - 1]
     old = text[first.start : last.end]

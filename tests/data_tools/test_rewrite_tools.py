@@ -14,16 +14,21 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from data_tools import find_units, rewrite_captions
+from data_tools.demo_tokenizer import train_wordpieces
+from data_tools.retrieval.detected import Detections
 from data_tools.rewriting import building
+from data_tools.rewriting import captions as captions_module
 from data_tools.rewriting.back_translation import Translation
-from data_tools.rewriting.captions import names_something_else
+from data_tools.rewriting.captions import lemmas_of, names_something_else
 from data_tools.rewriting.chunker import analyse
 from data_tools.rewriting.neighbours import TermIndex
+from data_tools.rewriting.reading import decode_rows
 from data_tools.rewriting.replacing import known_of, normalised
-from data_tools.rewriting.stores import RewriteStore, UnitStore
 from tests.data_tools.rewriting_captions import CAPTIONS, write_texts
 from tests.data_tools.toy_sources import tree
+from vlscale.data.companions import RewriteStore, UnitStore
 from vlscale.data.store import ImageStore, TextStore
+from vlscale.data.store_writer import ClassWriter, ImageWriter, TextWriter
 from vlscale.errors import VlscaleError
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/demo"
@@ -245,6 +250,94 @@ def test_nearest_captions_are_those_of_plain_tf_idf(tmp_path) -> None:
     assert index.nearest("xylophone", 3) == []
     few = TermIndex(tmp_path / "units", len(CAPTIONS), most_postings=2)
     assert 0 < len(few.nearest("man", 10, start=40)) <= 2
+
+
+def test_the_index_forgets_one_query_before_the_next(tmp_path) -> None:
+    write_texts(tmp_path, PAIRED)
+    find_units.run([str(tmp_path)])
+    index = TermIndex(tmp_path / "units", len(CAPTIONS))
+    alone = [TermIndex(tmp_path / "units", len(CAPTIONS)).nearest(text, 12) for text in CAPTIONS]
+    assert [index.nearest(text, 12) for text in CAPTIONS] == alone
+    for text in CAPTIONS[:10]:
+        assert index.nearest(text, 5) == index.nearest(text, 1000)[:5]
+
+
+def test_rows_that_are_decoded_together_are_those_of_the_stores(demo) -> None:
+    root, _ = demo
+    for store in (TextStore(root / "texts"), UnitStore(root / "units"), RewriteStore(root / "rewrites")):
+        rows = np.random.default_rng(0).integers(0, len(store), 40).tolist()
+        for found, row in zip(decode_rows(store, rows), rows, strict=True):
+            expected = store.row(row)
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                assert np.array_equal(found[name], value), name
+                assert not isinstance(value, np.ndarray) or found[name].dtype == value.dtype
+    images = ImageStore(root / "images")
+    assert decode_rows(images, [3, 1], ("extra", "width")) == [
+        {name: images.row(row)[name] for name in ("extra", "width")} for row in (3, 1)
+    ]
+
+
+def test_what_is_remembered_or_read_ahead_changes_no_byte(demo, tmp_path, monkeypatch) -> None:
+    root, _ = demo
+    for name in ("texts", "images", "units"):
+        shutil.copytree(root / name, tmp_path / name)
+    monkeypatch.setattr(captions_module, "_REMEMBERED", 60)
+    monkeypatch.setattr(captions_module, "_AHEAD", 0)
+    monkeypatch.setattr(building, "CHUNK_ROWS", 50)
+    rewrite_captions.run([str(tmp_path), "--per-kind", "6", "--sentences", "3"])
+    assert tree(tmp_path / "rewrites") == tree(root / "rewrites")
+
+
+def write_regions(root: Path, objects: list[list]) -> None:
+    """Two images with a caption each, and what a detector saw in them."""
+    with ImageWriter(root, 4, codec="none") as images:
+        for number, names in enumerate(objects):
+            count = max(1, len(names))
+            boxes = np.tile([0.1, 0.1, 0.5, 0.5], (count, 1))
+            images.write(f"i{number}", 9, 9, np.ones((count, 4)), boxes, np.ones(count), {"objects": names})
+    captions = [f"a {noun} on the grass" for noun in ("dog", "boat", "clock", "horse", "kite", "cup")]
+    pieces = train_wordpieces(captions)
+    with TextWriter(root, pieces.vocabulary, images.rows, pieces.json) as texts:
+        for number, (text, (ids, _)) in enumerate(zip(captions, pieces.encode(captions), strict=True)):
+            texts.write(f"t{number}", text, ids, [f"i{number // 3}"])
+    find_units.run([str(root)])
+
+
+def test_no_rewrite_names_what_a_detector_saw(tmp_path) -> None:
+    write_regions(tmp_path / "some", [["Horse", "street sign", "kites,flags"], []])
+    shutil.copytree(tmp_path / "some", tmp_path / "ignored")
+    options = ["--per-kind", "40", "--sentences", "9"]
+    report = rewrite_captions.run([str(tmp_path / "some"), *options])
+    ignoring = rewrite_captions.run([str(tmp_path / "ignored"), *options, "--ignore-regions"])
+    assert report["told"]["captions whose regions have known classes"] == 3
+    assert "captions whose regions have known classes" not in ignoring["told"]
+
+    def new(root: Path) -> list[set[str]]:
+        return [{rewrite.text.split()[1] for rewrite, _ in several} for _, _, several in rewrites_of(root)]
+
+    for named in new(tmp_path / "ignored")[:3]:
+        assert {"horse", "kite", "cup"} <= named
+    for named in new(tmp_path / "some")[:3]:
+        assert "cup" in named
+        assert not named & {"horse", "kite"}
+    assert new(tmp_path / "some")[3:] == new(tmp_path / "ignored")[3:]
+
+
+def test_classes_of_a_detector_are_known_if_they_are_probable_enough(tmp_path) -> None:
+    write_regions(tmp_path, [["x"], []])
+    shutil.rmtree(tmp_path / "images")
+    with ImageWriter(tmp_path, 4, codec="none") as writer:
+        for row in range(2):
+            writer.write(f"i{row}", 9, 9, np.ones((2, 4)), np.tile([0.1, 0.1, 0.5, 0.5], (2, 1)))
+    probs = [[0.6, 0.3, 0.1], [0.1, 0.15, 0.14], [0.1, 0.1, 0.8], [0.1, 0.3, 0.6]]
+    with ClassWriter(tmp_path, 3, class_names=["horse", "kite", "background"]) as classes:
+        classes.write(probs)
+    assert Detections(tmp_path).open().classes([0, 1]) == [["horse"], ["background"]]
+    assert Detections(tmp_path, probability=0.15).open().classes([0]) == [["horse", "kite"]]
+    told = rewrite_captions.run([str(tmp_path), "--sentences", "0"])["told"]
+    assert told["captions whose regions have known classes"] == 6
+    assert sorted(lemmas_of(["Pots,pan", "street signs", " "])) == ["pan", "pot", "street sign"]
 
 
 def test_a_sentence_that_names_nothing_else_is_no_negative() -> None:
