@@ -90,8 +90,17 @@ class FastTokenizer:
         return self._text
 
 
+FAIRSEQ = ("<s>", "<pad>", "</s>", "<unk>")
+"""Ids 0 to 3 around a plain SentencePiece model, as fairseq and XLM-R number them; <mask> follows the last piece."""
+_PLAIN = ("<unk>", "<s>", "</s>")
+"""What a SentencePiece model begins with where its trainer was told nothing else: no padding, no mask."""
+
+
 class PieceTokenizer:
     """A SentencePiece model.
+
+    One that has neither <pad> nor <mask> (XLM-R's, and those trained with the library's defaults) is numbered as
+    fairseq does: :data:`FAIRSEQ`, the pieces behind the model's own <unk>, <s> and </s>, and <mask>.
 
     Args:
         model: content of its file.
@@ -115,11 +124,18 @@ class PieceTokenizer:
         except (RuntimeError, OSError, ValueError, TypeError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise VlscaleError(f"{where}: cannot be read as a SentencePiece model ({reason})") from None
+        self._fairseq = tuple(tokens[: len(_PLAIN)]) == _PLAIN and not {"<pad>", "<mask>"} & {*tokens}
+        if self._fairseq:
+            tokens = [*FAIRSEQ, *tokens[len(_PLAIN) :], "<mask>"]
+            model += b"fairseq"  # the same file, other ids
         self.vocabulary = vocabulary_of(tokens, model, where)  # a file that no library ever writes anew
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without special tokens."""
         ids: list[int] = self._pieces.EncodeAsIds(text)
+        if self._fairseq:
+            unknown = FAIRSEQ.index("<unk>")
+            ids = [index + 1 if index >= len(_PLAIN) else unknown for index in ids]
         return ids
 
     def encode_many(self, texts: Sequence[str], following: bool = False) -> list[list[int]]:

@@ -1,15 +1,21 @@
 import hashlib
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import sentencepiece
 from tokenizers import Tokenizer
 
 from data_tools.tokenizers import MAX_BYTES, load_tokenizer
 from data_tools.train_tokenizer import main, train_bpe, train_sentencepiece, train_wordpiece, training_texts
 from tests.data_tools.text_sources import ENGLISH, small_tokenizer
+from vlscale.data.detokenizer import Detokenizer
+from vlscale.data.store import TextStore
+from vlscale.data.store_writer import TextWriter
 from vlscale.errors import VlscaleError
 
 KINDS = ("wordpiece", "bpe", "sentencepiece")
@@ -298,3 +304,50 @@ def test_texts_imported_with_the_demos_tokenizer_go_with_the_demos_models():
     texts = Path(__file__).resolve().parents[1] / "fixtures/demo/train/texts"
     known = json.loads((texts / "meta.json").read_text())["vocabulary"]["fingerprint"]
     assert load_tokenizer(texts / "tokenizer.json").vocabulary.fingerprint == known
+
+
+RUSSIAN = ["снег лежит на крыше дома", "собака бежит по снегу", "дом стоит за рекой и снег идёт"] * 6
+
+
+def plain_sentencepiece(folder: Path) -> Path:
+    """A model as the library trains it when it is told nothing about special tokens."""
+    folder.mkdir()
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(RUSSIAN), model_writer=model, vocab_size=32, minloglevel=2, hard_vocab_limit=False
+    )
+    file = folder / "sentencepiece.bpe.model"
+    file.write_bytes(model.getvalue())
+    return file
+
+
+def test_a_plain_sentencepiece_model_gets_xlm_robertas_ids(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    file = plain_sentencepiece(tmp_path / "xlmr")
+    tokenizer = load_tokenizer(file)
+    rival = transformers.XLMRobertaTokenizer(str(file))
+    vocabulary = tokenizer.vocabulary
+    assert [vocabulary.cls, vocabulary.pad, vocabulary.sep, vocabulary.unk] == [0, 1, 2, 3]
+    assert vocabulary.mask == vocabulary.size - 1 == rival.mask_token_id
+    assert vocabulary.random_range == (4, vocabulary.size - 1)
+    back = Detokenizer(vocabulary)
+    for text in [*RUSSIAN, "снег z дома", "<mask> снег"]:
+        ids = tokenizer.encode(text)
+        if "<" not in text:  # there a name in a text becomes the token itself
+            assert ids == rival.encode(text, add_special_tokens=False)
+            assert list(vocabulary.tokens[index] for index in ids) == rival.convert_ids_to_tokens(ids)
+        assert vocabulary.mask not in ids
+    assert back.text(tokenizer.encode(RUSSIAN[1])) == RUSSIAN[1]
+    assert vocabulary.fingerprint != hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_texts_of_a_sentencepiece_store_can_be_read_back(tmp_path):
+    file = plain_sentencepiece(tmp_path / "model")
+    tokenizer = load_tokenizer(file)
+    with TextWriter(tmp_path / "out", tokenizer.vocabulary, {}, tokenizer.to_json()) as writer:
+        for number, text in enumerate(RUSSIAN[:3]):
+            writer.write(str(number), text, tokenizer.encode(text), [])
+    store = TextStore(tmp_path / "out" / "texts")
+    ids, lengths = store.input_ids(np.arange(3))
+    rows = np.split(ids, np.cumsum(lengths)[:-1])
+    assert Detokenizer(store.meta.vocabulary).texts([row.tolist() for row in rows]) == RUSSIAN[:3]

@@ -13,7 +13,7 @@ from tests.models.batches import TINY, random_batch, tiny_model
 from tests.models.unimo_batches import KINDS, alone, tiny_unimo, unimo_batch
 from vlscale.config import ModelSection
 from vlscale.errors import VlscaleError
-from vlscale.models.registry import build_unimo, resolve_unimo_config
+from vlscale.models.registry import build_model, resolve_config
 from vlscale.models.unimo import UnimoBatch, UnimoConfig, UnimoForPretraining
 from vlscale.models.unimo_embeddings import global_features, location_vectors
 from vlscale.models.uniter import UniterForPretraining
@@ -217,7 +217,7 @@ def test_weights_are_drawn_within_two_standard_deviations():
 def test_presets_have_the_published_size(preset, published):
     heads = ["words", "text_pooler", "image_pooler"]
     with torch.device("meta"):
-        model = build_unimo(ModelSection(name="unimo", preset=preset, config={"heads": heads}))
+        model = build_model(ModelSection(name="unimo", preset=preset, config={"heads": heads}))
     assert sum(parameter.numel() for parameter in model.parameters()) == published
     assert model.config.layer_norm_eps == 1e-5
     assert model.config.longest_text == 512
@@ -241,7 +241,7 @@ def test_presets_have_the_published_size(preset, published):
 )
 def test_configurations_that_do_not_fit(config, facts, message):
     with pytest.raises(VlscaleError, match=message) as caught:
-        resolve_unimo_config(ModelSection(name="unimo", preset="unimo-base", config=config), **facts)
+        resolve_config(ModelSection(name="unimo", preset="unimo-base", config=config), **facts)
     assert "\n" not in str(caught.value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -11,7 +12,15 @@ from torch.utils.checkpoint import checkpoint
 
 from vlscale.errors import VlscaleError
 from vlscale.kernels.attention import Backend
-from vlscale.models.layers import Activation, FeedForward, Initializer, InitializerKind, SelfAttention, Visibility
+from vlscale.models.layers import (
+    Activation,
+    Continuation,
+    FeedForward,
+    Initializer,
+    InitializerKind,
+    SelfAttention,
+    Visibility,
+)
 
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -71,6 +80,14 @@ class EncoderLayer(nn.Module):
         hidden_NH = self.attention_norm(hidden_NH + self.dropout(self.attention(hidden_NH, cu, longest, visibility)))
         return self.ffn_norm(hidden_NH + self.dropout(self.ffn(hidden_NH)))
 
+    def extend(self, hidden_NH: Tensor, cache_C2AD: Tensor, step: Continuation) -> Tensor:
+        """Return [N, H] of new rows, as in evaluation; see :meth:`SelfAttention.extend`."""
+        if self.pre_norm:
+            hidden_NH = hidden_NH + self.attention.extend(self.attention_norm(hidden_NH), cache_C2AD, step)
+            return hidden_NH + self.ffn(self.ffn_norm(hidden_NH))
+        hidden_NH = self.attention_norm(hidden_NH + self.attention.extend(hidden_NH, cache_C2AD, step))
+        return self.ffn_norm(hidden_NH + self.ffn(hidden_NH))
+
 
 class Encoder(nn.Module):
     """A stack of layers on packed rows; pre-norm stacks end in a LayerNorm."""
@@ -122,4 +139,20 @@ class Encoder(nn.Module):
                 hidden_NH = layer(hidden_NH, cu, longest, visibility)
             if collected is not None:
                 collected.append(hidden_NH)
+        return hidden_NH if self.final_norm is None else self.final_norm(hidden_NH)
+
+    def extend(self, hidden_NH: Tensor, caches: Sequence[Tensor], step: Continuation) -> Tensor:
+        """Run all layers on rows that continue examples of which keys and values are kept; no gradients, no dropout.
+
+        Args:
+            hidden_NH: float [N, H], the embeddings of the new rows.
+            caches: of each layer float [C, 2, heads, d], keys and values, changed in place.
+            step: where the new rows go, and what they see.
+
+        Returns:
+            float [N, H], as :meth:`forward`.
+        """
+        for layer, cache_C2AD in zip(self.layers, caches, strict=True):
+            assert isinstance(layer, EncoderLayer)
+            hidden_NH = layer.extend(hidden_NH, cache_C2AD, step)
         return hidden_NH if self.final_norm is None else self.final_norm(hidden_NH)

@@ -83,3 +83,37 @@ class RegionClassifier(nn.Module):
     def forward(self, hidden_KH: Tensor) -> Tensor:
         """Return logits [K, C]."""
         return self.out(self.transform(hidden_KH))
+
+
+class MatchHead(Linear):
+    """``w x + b``, one score, of a pooled text and a pooled image fused into x: their product, or their sum."""
+
+    def __init__(self, hidden: int, initializer: Initializer) -> None:
+        super().__init__(hidden, 1, initializer)
+
+    def forward(
+        self,
+        fused_KH: Tensor,
+        texts_TH: Tensor | None = None,
+        fusion: Literal["mul", "sum"] = "mul",
+        learn: bool = True,
+    ) -> Tensor:
+        """Return [K, 1]; or, with texts, float32 (at least) [K, T], the scores of K images with each of T texts.
+
+        The head is linear, so that all fusions need not be held at once: one matrix product gives their scores.
+
+        Args:
+            fused_KH: what is fused; images, if texts are given.
+            texts_TH: texts.
+            fusion: read only with texts.
+            learn: with texts only; false: the head gets no gradient.
+        """
+        if texts_TH is None:
+            return super().forward(fused_KH)
+        weight_1H, bias = (self.weight, self.bias) if learn else (self.weight.detach(), self.bias.detach())
+        if weight_1H.dtype.itemsize < 4:
+            weight_1H, bias = weight_1H.float(), bias.float()
+        images_KH, texts_TH = fused_KH.to(weight_1H.dtype), texts_TH.to(weight_1H.dtype)
+        if fusion == "mul":
+            return F.linear(images_KH * weight_1H, texts_TH) + bias
+        return F.linear(images_KH, weight_1H) + F.linear(texts_TH, weight_1H).t() + bias

@@ -76,6 +76,28 @@ class Visibility:
     longest_target: int
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """New rows, and the rows of a cache of keys and values that they see: what decoding one token after another needs.
+
+    Attributes:
+        slots: int64 [N], where in the cache the new rows' keys and values go; no slot twice.
+        seen: int64 [M], rows of the cache, those of the first example, of the second, ...: each example's new rows see
+            these, which include themselves. None: the new rows of an example see each other, and nothing else.
+        cu_new: int32 [B+1], cumulative counts of new rows; longest_new: the largest count.
+        cu_seen: int32 [B+1], cumulative counts of rows seen; longest_seen: the largest count.
+        causal: the last new row of an example sees all of them, the row before it one fewer, and so on.
+    """
+
+    slots: Tensor
+    seen: Tensor | None
+    cu_new: Tensor
+    longest_new: int
+    cu_seen: Tensor
+    longest_seen: int
+    causal: bool = False
+
+
 class Linear(nn.Linear):
     """Projection [.., in] -> [.., out] with a normal weight and a bias of zero."""
 
@@ -127,6 +149,25 @@ class SelfAttention(nn.Module):
             mixed = attention(q, k, v, cu, cu, longest, longest, dropout_p=dropout, backend=self.backend)
         else:
             mixed = self._see(q, k, v, cu, longest, visibility)
+        return self.out(mixed.reshape(rows, width))
+
+    def extend(self, hidden_NH: Tensor, cache_C2AD: Tensor, step: Continuation) -> Tensor:
+        """Return [N, H] of new rows; their keys and values are written into the cache. Without dropout and gradients.
+
+        Args:
+            hidden_NH: float [N, H], the new rows.
+            cache_C2AD: float [C, 2, heads, d], keys and values of C rows, changed in place.
+            step: where they go and what they see.
+        """
+        rows, width = hidden_NH.shape
+        qkv = self.qkv(hidden_NH).view(rows, 3, self.heads, width // self.heads)
+        cache_C2AD.index_copy_(0, step.slots, qkv[:, 1:])
+        seen_M2AD = qkv[:, 1:] if step.seen is None else cache_C2AD.index_select(0, step.seen)
+        k, v = seen_M2AD.unbind(1)
+        mixed = attention(
+            qkv[:, 0], k, v, step.cu_new, step.cu_seen, step.longest_new, step.longest_seen, step.causal,
+            backend=self.backend,
+        )  # fmt: skip
         return self.out(mixed.reshape(rows, width))
 
     def _see(self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, seen: Visibility) -> Tensor:
