@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlscale.data.laying import lay_evenly, lay_in_runs, runs_under
-from vlscale.data.plan import Plan, Step
+from vlscale.data.plan import Plan, Step, unit_of
+from vlscale.data.views import UNIFIED, Views
 from vlscale.errors import VlscaleError
 
 
@@ -47,7 +48,7 @@ class MicroBatch:
 
     Attributes:
         step: number of the step; micro: number of the micro-step in it.
-        task, dataset, texts, images, passes, examples, labels, group: as in ``Step``, restricted to these examples.
+        task, dataset, texts, images, passes, examples, labels, group, views: as in ``Step``, of these examples.
         weight: 1.0, or 0.0 for an empty slot, which repeats the step's cheapest group and must not count.
         tokens: tokens and regions that the micro-batch runs.
         padded: positions that they take where every example is padded to the longest.
@@ -66,6 +67,7 @@ class MicroBatch:
     weight: float
     tokens: int
     padded: int = 0
+    views: Views | None = None
 
     def __len__(self) -> int:
         """Number of examples B."""
@@ -93,7 +95,8 @@ def accumulation(plan: Plan, world_size: int) -> int:
     largest = [_largest_group(plan, name, task) for name, task in plan.pairs]
     if max(largest) > settings.micro_batch_tokens:
         name, task = plan.pairs[largest.index(max(largest))]
-        raise VlscaleError(_too_small(settings.micro_batch_tokens, max(largest), settings.group_of(task), name))
+        unit = unit_of(task, settings.group_of(task))
+        raise VlscaleError(_too_small(settings.micro_batch_tokens, max(largest), unit, name))
     return max(_accumulation_of(plan, name, task, world_size) for name, task in plan.pairs)
 
 
@@ -122,22 +125,21 @@ def fill_advice(plan: Plan, world_size: int) -> str | None:
 
 def _largest_group(plan: Plan, name: str, task: str) -> int:
     """Most that one group can take of what the ceiling counts."""
-    source, group = plan.sources[name], plan.settings.group_of(task)
-    return group * source.heaviest(task, 1) if plan.settings.mode == "padded" else source.heaviest(task, group)
+    group = plan.settings.group_of(task)
+    padded = plan.settings.mode == "padded"
+    return group * plan.heaviest(name, task, 1) if padded else plan.heaviest(name, task, group)
 
 
 def _accumulation_of(plan: Plan, name: str, task: str, world_size: int) -> int:
-    settings, source = plan.settings, plan.sources[name]
+    settings = plan.settings
     ceiling, group = settings.micro_batch_tokens, settings.group_of(task)
-    largest = _largest_group(plan, name, task)
+    largest, most_groups = _largest_group(plan, name, task), plan.most_groups(name, task)
     if settings.global_batch_examples is not None:
-        total = source.heaviest(task, settings.global_batch_examples)
-        most_groups = settings.global_batch_examples // group
+        total = plan.heaviest(name, task, settings.global_batch_examples)
     else:
         total = settings.global_batch_tokens or 0
-        most_groups = total // (group * source.smallest_example(task))
     if most_groups < world_size:
-        unit = "examples" if group == 1 else f"groups of {group} examples"
+        unit = "units" if task == UNIFIED else "examples" if group == 1 else f"groups of {group} examples"
         raise VlscaleError(
             f"more processes than examples in a step: {world_size} processes, but a step of dataset {name}, task "
             f"{task}, holds at most {most_groups} {unit}; start fewer processes or raise the global batch"
@@ -146,6 +148,7 @@ def _accumulation_of(plan: Plan, name: str, task: str, world_size: int) -> int:
     micro_batches = most_groups
     if ceiling > largest:
         if settings.mode == "padded":
+            source = plan.sources[name]
             longest, shortest = source.heaviest(task, 1), source.smallest_example(task)
             # Padded to its longest example, a group takes at most so many times its tokens.
             swollen = -(-total * group * longest // (longest + (group - 1) * shortest))
@@ -168,9 +171,10 @@ def _padded_bound(total: int, ceiling: int, largest: int, spread: float) -> int:
     return 1 + math.floor((total + ceiling * math.log(spread)) / (ceiling - largest))
 
 
-def _too_small(ceiling: int, largest: int, group: int, dataset: str) -> str:
-    unit = "one example" if group == 1 else f"one group of {group} examples"
-    group_cure = "" if group == 1 else " / objectives.wra.group"
+def _too_small(ceiling: int, largest: int, unit: str, dataset: str) -> str:
+    group_cure = " / objectives.wra.group" if "group of" in unit else ""
+    if unit == unit_of(UNIFIED, 1):
+        group_cure = " / the numbers of views in objectives.unified.contrast"
     return (
         f"micro_batch_tokens {ceiling} is smaller than {unit} of dataset {dataset}: {largest} tokens; "
         f"raise batch.micro_batch_tokens to at least {largest} or lower data.max_regions / max_text_tokens{group_cure}"
@@ -269,7 +273,8 @@ def fitting_accumulation(step: Step, world_size: int, ceiling: int, rule: Rule =
     each = groups.longest * groups.sizes if rule.mode == "padded" else groups.tokens
     largest = int(each.argmax())
     if each[largest] > ceiling:
-        raise VlscaleError(_too_small(ceiling, int(each[largest]), int(groups.sizes[largest]), step.dataset))
+        unit = unit_of(step.task, int(groups.sizes[largest]))
+        raise VlscaleError(_too_small(ceiling, int(each[largest]), unit, step.dataset))
     if rule.mode == "padded":
         falling = np.argsort(-groups.longest, kind="stable")
         ends = np.cumsum(groups.sizes[falling])
@@ -302,4 +307,5 @@ def _micro_batch(step: Step, micro: int, members: NDArray[np.int64], weight: flo
         weight=weight,
         tokens=int(costs.sum(dtype=np.int64)),
         padded=int(costs.max()) * len(costs),
+        views=None if step.views is None else step.views.take(members),
     )

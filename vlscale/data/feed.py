@@ -6,12 +6,11 @@ training process, which spends its time waiting for the GPU anyway.
 
 from __future__ import annotations
 
-import copy
 import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 from vlscale.data.deal import PACKED, MicroBatch, Rule, deal_hand, fitting_accumulation
 from vlscale.data.plan import Plan, Position, Step
@@ -152,11 +151,4 @@ class _Ahead:
 
 def own_plan(plan: StepSource) -> StepSource:
     """Return a plan that remembers passes and windows of its own: what it remembers is not safe to share by threads."""
-    if not isinstance(plan, Plan):
-        return plan
-    own: Any = copy.copy(plan)
-    own.sources = {}
-    for name, source in plan.sources.items():
-        mine = own.sources[name] = copy.copy(source)
-        mine.order = source.order.twin()
-    return own
+    return plan.twin() if isinstance(plan, Plan) else plan

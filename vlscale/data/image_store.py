@@ -119,21 +119,27 @@ class ImageStore(Store):
         return features, boxes, counts, self.region_rows(rows, counts)
 
     def write_regions(
-        self, rows: NDArray[np.int64], counts: NDArray[np.int32], features: NDArray[Any], boxes: NDArray[np.float32]
+        self,
+        rows: NDArray[np.int64],
+        counts: NDArray[np.int32],
+        features: NDArray[Any],
+        boxes: NDArray[np.float32],
+        firsts: NDArray[np.int64] | None = None,
     ) -> None:
-        """Write the first ``counts`` (see :meth:`counts_of`) regions of each image, one image after the other.
+        """Write the first ``counts`` (see :meth:`counts_of`) regions of each image.
 
         Args:
             rows: int64 [B]; -1 is no image.
-            counts: int32 [B] with sum K.
+            counts: int32 [B].
             features: [K, D] in the stored dtype, C-contiguous.
             boxes: float32 [K, 4], C-contiguous.
+            firsts: int64 [B], where each image's regions begin in them; default: one image after the other.
 
         Raises:
             VlscaleError: see :meth:`regions`.
         """
         present = np.flatnonzero(rows >= 0)
-        firsts = (np.cumsum(counts, dtype=np.int64) - counts)[present]
+        firsts = (np.cumsum(counts, dtype=np.int64) - counts if firsts is None else firsts)[present]
         used, kept = rows[present], counts[present].astype(np.int64)
         for shard, at, local in self._reader.by_shard(used):
             found = _Found(shard, local, used[at], kept[at], firsts[at])

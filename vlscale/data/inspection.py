@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from vlscale.config_values import is_url
 from vlscale.data.chunks import slices
+from vlscale.data.companions import RetrievedStore, RewriteStore, UnitStore
 from vlscale.data.dataset import Dataset, open_dataset
 from vlscale.data.index import INDEX_NAME, read_bytes
 from vlscale.data.remote import CacheSettings
@@ -21,12 +22,20 @@ from vlscale.data.store import ClassStore, ImageStore, TextStore
 from vlscale.data.survey import MOST_TOKENS, Histogram
 from vlscale.errors import VlscaleError
 
-AnyStore = TextStore | ImageStore | ClassStore
-Kind = Literal["texts", "images", "classes"]
-KINDS: tuple[Kind, ...] = ("texts", "images", "classes")
+AnyStore = TextStore | ImageStore | ClassStore | UnitStore | RewriteStore | RetrievedStore
+Kind = Literal["texts", "images", "classes", "units", "rewrites", "retrieved"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 BINS = 16
-_STORES: dict[str, Any] = {"texts": TextStore, "images": ImageStore, "classes": ClassStore}
+STORES: dict[Kind, type[AnyStore]] = {
+    "texts": TextStore,
+    "images": ImageStore,
+    "classes": ClassStore,
+    "units": UnitStore,
+    "rewrites": RewriteStore,
+    "retrieved": RetrievedStore,
+}
+"""Kind -> its reader."""
 
 
 class _AnyMeta(BaseModel):
@@ -42,14 +51,17 @@ class Stores:
 
     Attributes:
         path: the folder, or the URL, as the user named it.
-        texts, images, classes: the stores.
-        dataset: all of them, checked against each other, where there are texts and images.
+        texts, images, classes, units, rewrites, retrieved: the stores.
+        dataset: all of them, checked against each other, where they are a dataset's.
     """
 
     path: Path | str
     texts: TextStore | None = None
     images: ImageStore | None = None
     classes: ClassStore | None = None
+    units: UnitStore | None = None
+    rewrites: RewriteStore | None = None
+    retrieved: RetrievedStore | None = None
     dataset: Dataset | None = None
 
     def __iter__(self) -> Iterator[tuple[Kind, AnyStore]]:
@@ -110,16 +122,28 @@ def open_stores(path: Path | str, cache: Path | None = None) -> Stores:
         return _stores_of(path, open_dataset("dataset", path, cache=CacheSettings(cache)))
     found = find_stores(path)
     path = Path(path)
-    if "texts" in found and "images" in found:
+    if path not in found.values() and is_whole(found):
         return _stores_of(path, open_dataset(path.resolve().name or "dataset", path))
-    opened = {kind: _STORES[kind](folder) for kind, folder in found.items()}
+    opened: dict[str, Any] = {kind: STORES[kind](folder) for kind, folder in found.items()}
     for store in opened.values():
         store.reader.index.check_side_files()
     return Stores(path, **opened)
 
 
+def is_whole(found: Mapping[Kind, Path]) -> bool:
+    """Can the stores be opened as a dataset: texts and images, images alone, or texts that refer to none?
+
+    Raises:
+        VlscaleError: the texts are damaged.
+    """
+    if "images" in found:
+        return True
+    return "texts" in found and "classes" not in found and not len(TextStore(found["texts"]).image_refs)
+
+
 def _stores_of(path: Path | str, dataset: Dataset) -> Stores:
-    return Stores(path, dataset.texts, dataset.images, dataset.classes, dataset)
+    stores: dict[str, Any] = dict(dataset.stores)
+    return Stores(path, **stores, dataset=dataset)
 
 
 def facts(stores: Stores) -> dict[str, Any]:
@@ -179,10 +203,16 @@ def _store_facts(store: AnyStore) -> dict[str, Any]:
     if isinstance(store, TextStore):
         found["tokens"] = _total(store.lengths)
         found["tokenizer"] = store.tokenizer_path is not None
+    if isinstance(store, UnitStore):
+        found["units"] = _total(store.lengths)
+    if isinstance(store, RewriteStore):
+        found["views"], found["positive_views"] = len(store.view_tokens), _total(store.view_positive)
+    if isinstance(store, RetrievedStore):
+        found["images"], found["texts"] = _total(store.image_counts), _total(store.text_counts)
     return found
 
 
-def _total(array: NDArray[np.int32]) -> int:
+def _total(array: NDArray[Any]) -> int:
     return sum(int(array[part].sum(dtype=np.int64)) for part in slices(len(array)))
 
 
@@ -201,7 +231,7 @@ def length_histograms(stores: Stores) -> dict[str, Histogram]:
         found["tokens"] = _histogram(stores.texts, "tokens")
     if stores.images is not None:
         found["regions"] = _histogram(stores.images, "regions")
-    if stores.dataset is not None:
+    if stores.dataset is not None and stores.dataset.kind == "pairs":
         lengths, joint = stores.dataset.lengths, Histogram()
         for part in slices(len(lengths)):
             rows = np.arange(part.start, part.stop)

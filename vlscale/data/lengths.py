@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vlscale.data.beside import Beside
 from vlscale.data.chunks import slices
 from vlscale.errors import VlscaleError
 
 SPECIALS = 2
 """[CLS] and [SEP], which every text of a batch carries and no store holds."""
+
+Kind = Literal["pairs", "texts", "images"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +32,9 @@ class DatasetLengths:
             others only keep a negative from sharing an image with its text.
         regions: int32 [M], regions of each image.
         text_shards: int64 [S+1], cumulative number of texts per shard, from 0 to N.
+        images_only: there are no texts; "text" i then stands for image i, and has no word piece and no [CLS] or [SEP]
+            (see :meth:`of_images`).
+        beside: the stores beside the texts, which unified steps are planned from.
 
     Raises:
         VlscaleError: the arrays contradict each other (a damaged or mixed-up store).
@@ -40,6 +46,21 @@ class DatasetLengths:
     image_refs: NDArray[np.int64]
     regions: NDArray[np.int32]
     text_shards: NDArray[np.int64]
+    images_only: bool = False
+    beside: Beside = field(default_factory=Beside)
+
+    @classmethod
+    def of_images(cls, name: str, regions: NDArray[np.int32], image_shards: NDArray[np.int64]) -> DatasetLengths:
+        """A dataset without texts, whose M images are met in the texts' stead.
+
+        Args:
+            name: the dataset's name.
+            regions: int32 [M], regions of each image.
+            image_shards: int64 [S+1], cumulative number of images per shard, from 0 to M.
+        """
+        images = len(regions)
+        tokens = np.broadcast_to(np.int32(0), (images,))  # takes no memory
+        return cls(name, tokens, np.arange(images + 1), np.arange(images), regions, image_shards, images_only=True)
 
     def __post_init__(self) -> None:
         for name in ("tokens", "image_ptr", "image_refs", "regions", "text_shards"):
@@ -58,7 +79,7 @@ class DatasetLengths:
         self._require(
             int(self.text_shards[-1]) == texts, f"the text shards hold {int(self.text_shards[-1])} of {texts} texts"
         )
-        row = first_outside(self.tokens, 1, None)
+        row = None if self.images_only else first_outside(self.tokens, 1, None)
         self._require(row is None, f"text row {row} has no tokens")
         at = first_outside(self.image_refs, 0, images)
         self._require(at is None, f"image reference {at} is outside the {images} rows of the image store")
@@ -72,6 +93,18 @@ class DatasetLengths:
     def __len__(self) -> int:
         """Number of texts N, over-long ones included."""
         return len(self.tokens)
+
+    @property
+    def kind(self) -> Kind:
+        """What the dataset is made of; ``texts``: there are no images at all."""
+        if self.images_only:
+            return "images"
+        return "pairs" if len(self.regions) else "texts"
+
+    @property
+    def specials(self) -> int:
+        """Tokens that each text has beside its word pieces."""
+        return 0 if self.images_only else SPECIALS
 
     def first_image(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """int64 [B], the image row that pre-training pairs with each text; -1 where a text refers to none."""
@@ -102,7 +135,7 @@ class DatasetLengths:
 
     def costs(self, texts: NDArray[np.int64], images: NDArray[np.int64], max_regions: int) -> NDArray[np.int32]:
         """int32 [B], tokens that each (text, image) pair runs: word pieces, [CLS], [SEP] and regions (none for -1)."""
-        costs = self.tokens[texts] + np.int32(SPECIALS)
+        costs = self.tokens[texts] + np.int32(self.specials)
         if len(self.regions):
             regions = np.minimum(self.regions[images], np.int32(max_regions))
             costs += np.where(images >= 0, regions, np.int32(0))
@@ -120,6 +153,10 @@ class DatasetLengths:
             (self.text_shards, "<i8"),
         ):
             digest.update(np.ascontiguousarray(array, kind).data)
+        if self.images_only:
+            digest.update(b"images only")
+        for digested in self.beside.digests():
+            digest.update(digested.encode())
         return digest.hexdigest()
 
 

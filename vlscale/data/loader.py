@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,13 +24,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from vlscale.data import workers as worker_processes
+from vlscale.data.class_probs import class_probs
 from vlscale.data.collate import collate
+from vlscale.data.collate_views import collate_views
 from vlscale.data.deal import PACKED, MicroBatch, Rule
 from vlscale.data.feed import Feed, StepSource
 from vlscale.data.packing import Block, PackedBatch
 from vlscale.data.plan import Position, Step
 from vlscale.data.random import Draws
 from vlscale.data.slots import Slots
+from vlscale.data.views import UNIFIED, parted
 from vlscale.errors import VlscaleError
 from vlscale.ragged import RaggedBatch
 
@@ -52,6 +55,10 @@ class Preparer(Protocol):
 
         What the batch holds may be overwritten: it has just been read, and nobody else has it.
         """
+        ...
+
+    def prepare_views(self, batch: RaggedBatch, draws: Sequence[Draws]) -> RaggedBatch:
+        """Do so for a batch of task ``unified``; ``draws`` of each dataset that ``targets["source"]`` numbers."""
         ...
 
 
@@ -107,7 +114,7 @@ class Loader:
         self._prefetcher = prefetcher
         self._iterator: Iterator[Any] | None = None
         _check(plan, datasets, objectives)
-        used = {name: datasets[name] for name in dict(plan.pairs)}
+        used = {name: datasets[name] for names in dict(plan.pairs) for name in parted(names)}
         used_objectives = {task: objectives[task] for _, task in plan.pairs}
         self._pin = pin and torch.cuda.is_available()
         self._last: list[RaggedBatch] = []
@@ -236,10 +243,13 @@ def slot_bytes(datasets: Mapping[str, Dataset], objectives: Mapping[str, Prepare
     masked regions (mrfr), or their class probabilities (a quarter of the regions at most, commonly 15 %).
     """
     token = 0
-    for dataset in datasets.values():
-        features = dataset.feature_dim * dataset.images.feature_dtype.itemsize
+    wanted = any(objective.needs_class_probs for objective in objectives.values())
+    shown = [dataset for dataset in datasets.values() if "images" in dataset.stores]
+    widest = max((dataset.images.feature_dtype.itemsize for dataset in shown), default=0)
+    for dataset in shown:
+        features = dataset.images.meta.feature_dim * widest
         classes = 0
-        if dataset.classes is not None and any(objective.needs_class_probs for objective in objectives.values()):
+        if dataset.classes is not None and wanted:
             classes = dataset.classes.dtype.itemsize * dataset.classes.meta.num_classes // 4
         token = max(token, features + classes)
     return ceiling * (token + 96) + (64 << 10)
@@ -280,31 +290,52 @@ class _Reader:
         return PackedBatch.pack(batch, block, slot), slot
 
     def _prepared(self, micro: MicroBatch, block: Block | None) -> RaggedBatch:
-        dataset, objective = self._datasets[micro.dataset], self._objectives[micro.task]
-        vocabulary = dataset.vocabulary
-        batch = collate(dataset, micro, self._max_regions, vocabulary.cls, vocabulary.sep, block)
+        objective = self._objectives[micro.task]
+        if micro.views is not None:
+            units = getattr(objective, "reads_units", True)
+            batch = collate_views(self._datasets, micro, self._max_regions, block, units)
+            prepared = objective.prepare_views(batch, [self._draws[name] for name in micro.views.datasets])
+            return self._with_probs(prepared, objective, micro.views.datasets, block)
+        vocabulary = self._datasets[micro.dataset].texts.meta.vocabulary
+        batch = collate(self._datasets[micro.dataset], micro, self._max_regions, vocabulary.cls, vocabulary.sep, block)
         batch = objective.prepare(batch, self._draws[micro.dataset])
+        return self._with_probs(batch, objective, (micro.dataset,), block)
+
+    def _with_probs(
+        self, batch: RaggedBatch, objective: Preparer, names: Sequence[str], block: Block | None
+    ) -> RaggedBatch:
         if objective.needs_class_probs:
-            assert dataset.classes is not None
-            rows = batch.region_rows[batch.targets["region_positions"]].numpy()
-            shape, dtype = (len(rows), dataset.classes.meta.num_classes), getattr(torch, dataset.classes.dtype.name)
-            probs = torch.empty(shape, dtype=dtype) if block is None else block.empty(shape, dtype)
-            dataset.classes.write_probs(rows, probs.numpy())
-            batch.targets["class_probs"] = probs
+            probs = class_probs([self._datasets[name] for name in names], batch, block)
+            if probs is not None:
+                batch.targets["class_probs"] = probs
         return batch
 
 
 def _check(plan: StepSource, datasets: Mapping[str, Dataset], objectives: Mapping[str, Preparer]) -> None:
-    for name, task in plan.pairs:
-        if name not in datasets:
-            raise VlscaleError(f"the plan needs dataset {name}, which is not open (open: {', '.join(datasets)})")
-        if task not in objectives:
-            raise VlscaleError(f"dataset {name}: task {task} of its mix has no objective; drop it from the mix")
-        if objectives[task].needs_class_probs and datasets[name].classes is None:
-            raise VlscaleError(
-                f"dataset {name}: task {task} needs class probabilities, but there is no classes/ store; build the "
-                f"dataset with classes, or drop {task} from its mix"
-            )
+    for names, task in plan.pairs:
+        for name in parted(names):
+            if name not in datasets:
+                raise VlscaleError(f"the plan needs dataset {name}, which is not open (open: {', '.join(datasets)})")
+            if task not in objectives:
+                raise VlscaleError(f"dataset {name}: task {task} of its mix has no objective; drop it from the mix")
+            dataset = datasets[name]
+            if task != UNIFIED:
+                dataset.require("texts")
+                dataset.require("images")
+            if objectives[task].needs_class_probs and dataset.kind != "texts" and dataset.classes is None:
+                raise VlscaleError(
+                    f"dataset {name}: task {task} needs class probabilities, but there is no classes/ store; build the "
+                    f"dataset with classes, or {_without_classes(task)}"
+                )
+            if task == UNIFIED and dataset.num_types > 1:
+                raise VlscaleError(
+                    f"dataset {name}: its texts have segments of {dataset.num_types} types, which task unified does "
+                    f"not know; build the texts without types"
+                )
+
+
+def _without_classes(task: str) -> str:
+    return "set objectives.unified.visual.class_weight to 0" if task == UNIFIED else f"drop {task} from its mix"
 
 
 def _identity(item: Any) -> Any:

@@ -62,19 +62,21 @@ class Block:
 
 @dataclass
 class PackedBatch:
-    """A RaggedBatch whose tensors lie in one uint8 buffer.
+    """A batch whose tensors lie in one uint8 buffer.
 
     Attributes:
         buffer: uint8 [bytes]; None where the batch lies in a slot.
         slot: number of the slot, or None.
         layout: (field, key in targets or None, dtype, shape, first byte) per tensor.
         others: the fields that are no tensors.
+        kind: the batch's class, which may have more fields than a RaggedBatch.
     """
 
     buffer: Tensor | None
     slot: int | None
     layout: list[tuple[str, str | None, torch.dtype, tuple[int, ...], int]]
     others: dict[str, Any]
+    kind: type[RaggedBatch] = RaggedBatch
 
     @classmethod
     def pack(cls, batch: RaggedBatch, block: Block | None = None, slot: int | None = None) -> PackedBatch:
@@ -89,12 +91,12 @@ class PackedBatch:
         if block is not None:
             places = [block.place(tensor) for _, _, tensor in tensors]
             if None not in places:
-                return cls(None, slot, _layout(tensors, places), others)
+                return cls(None, slot, _layout(tensors, places), others, type(batch))
         sizes = [-(-tensor.numel() * tensor.element_size() // _ALIGN) * _ALIGN for _, _, tensor in tensors]
         storage = torch.UntypedStorage._new_shared(max(sum(sizes), _ALIGN))
         block = Block(torch.empty(0, dtype=torch.uint8).set_(storage))
         places = [block.place(tensor) for _, _, tensor in tensors]
-        return cls(block.buffer, None, _layout(tensors, places), others)
+        return cls(block.buffer, None, _layout(tensors, places), others, type(batch))
 
     def unpack(self, buffer: Tensor | None = None) -> RaggedBatch:
         """Return the batch; its tensors are views of the buffer, or of ``buffer``, the memory of its slot."""
@@ -107,7 +109,7 @@ class PackedBatch:
                 fields[name] = view
             else:
                 fields["targets"][key] = view
-        return RaggedBatch(**fields)
+        return self.kind(**fields)
 
 
 def _taken_apart(batch: RaggedBatch) -> tuple[list[tuple[str, str | None, Tensor]], dict[str, Any]]:

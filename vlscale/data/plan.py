@@ -7,63 +7,29 @@ of GPUs, the gradient accumulation and the token ceiling change speed, never wha
 
 from __future__ import annotations
 
-import hashlib
-import json
+import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vlscale.config import Recipe
+from vlscale.data.evaluation import FixedSteps, evaluation_seed, evaluation_steps
+from vlscale.data.fingerprint import check_same, fingerprint_of
 from vlscale.data.lengths import DatasetLengths
 from vlscale.data.order import ORDER_VERSION
+from vlscale.data.position import Position
 from vlscale.data.random import Draws
 from vlscale.data.reference import ReferenceOrder
+from vlscale.data.shares import Sizes, step_shares
 from vlscale.data.source import Mix, PlanSettings, Source, Step
+from vlscale.data.unified import UnifiedSteps
+from vlscale.data.views import UNIFIED, joined
 from vlscale.errors import VlscaleError
 
 __all__ = ["FixedSteps", "Plan", "PlanSettings", "Position", "Step", "evaluation_seed", "evaluation_steps"]
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where the plan stands: all that a checkpoint has to keep of it.
-
-    Attributes:
-        step: the next step.
-        cursors: dataset name -> (pass, offset of the next text in it).
-    """
-
-    step: int
-    cursors: dict[str, tuple[int, int]]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the position as plain JSON types."""
-        return {"step": self.step, "cursors": {name: list(cursor) for name, cursor in self.cursors.items()}}
-
-    @classmethod
-    def from_json(cls, raw: Any) -> Position:
-        """Read what :meth:`to_json` wrote.
-
-        Raises:
-            VlscaleError: ``raw`` is anything else.
-        """
-        try:
-            step, cursors = raw["step"], {str(name): tuple(cursor) for name, cursor in raw["cursors"].items()}
-        except (TypeError, KeyError, AttributeError):
-            step, cursors = None, {}
-        numbers = [step, *(number for cursor in cursors.values() for number in cursor)]
-        whole = all(type(number) is int and number >= 0 for number in numbers)
-        if not whole or any(len(cursor) != 2 for cursor in cursors.values()):
-            raise VlscaleError(
-                f"resume state: expected {{step: N, cursors: {{dataset: [pass, offset]}}}}, found {str(raw)[:120]}; "
-                f"the checkpoint is damaged: resume from another one"
-            )
-        return cls(step, cursors)
 
 
 MOST_OF_A_STEP = 1 << 28
@@ -82,9 +48,12 @@ class Plan:
             as ``("choose", n)`` or ``("repeat", r)``. With sizes, the mix only divides a dataset's texts among tasks.
 
     Attributes:
-        pairs: (dataset name, task) in the order they are drawn from, with ``shares`` float64, adding up to 1.
+        pairs: (dataset name, task) in the order they are drawn from, with ``shares`` float64, adding up to 1. Task
+            ``unified`` mixes all datasets in each step: one pair, of their names joined with ``+``.
         left_out: dataset name -> texts that are longer than ``max_text_tokens`` and take no part.
         dropped: dataset name -> texts that mode ``reference`` drops in the first pass; others drop about as many.
+        left_out_views: dataset name -> rewritten captions that are longer than that, of datasets that draw from any.
+        unit_shares: dataset name -> its part of the units of each step; task ``unified`` only.
         sources: dataset name -> :class:`Source`.
 
     Raises:
@@ -96,7 +65,7 @@ class Plan:
         datasets: Sequence[tuple[DatasetLengths, Mix]],
         settings: PlanSettings,
         fingerprints: Mapping[str, str] | None = None,
-        sizes: Mapping[str, tuple[str, float]] | None = None,
+        sizes: Sizes | None = None,
     ) -> None:
         self.settings = settings
         given = (settings.global_batch_tokens, settings.global_batch_examples, settings.reference_batches)
@@ -113,8 +82,13 @@ class Plan:
             raise VlscaleError("no dataset has a task with a positive share: set data.datasets[].mix")
         self.pairs = [(name, task) for name, source in self.sources.items() for task in source.mix]
         self.shares = step_shares(self.sources, self.pairs, settings, sizes or {})
+        self._mix = [(*pair, round(float(share), 12)) for pair, share in zip(self.pairs, self.shares, strict=True)]
+        self.unit_shares: dict[str, float] = {}
+        self._unified = self._mixed()
         self._edges = np.cumsum(self.shares)[:-1]
         self.left_out = {name: source.survey.left_out for name, source in self.sources.items()}
+        bounds = {} if self._unified is None else self._unified.bounds
+        self.left_out_views = {name: bound.left_out for name, bound in bounds.items() if bound.views + bound.left_out}
         orders = {name: source.order for name, source in self.sources.items()}
         self.dropped = {name: order.dropped for name, order in orders.items() if isinstance(order, ReferenceOrder)}
         self._draws = Draws(settings.seed)
@@ -137,6 +111,47 @@ class Plan:
                 )
         return cls(pairs, PlanSettings.from_recipe(recipe), fingerprints, sizes)
 
+    def _mixed(self) -> UnifiedSteps | None:
+        """What cuts unified steps, if that is the task; all datasets then are one pair."""
+        others = [pair for pair in self.pairs if pair[1] != UNIFIED]
+        if len(others) == len(self.pairs):
+            return None
+        if others:
+            raise VlscaleError(
+                f"dataset {others[0][0]}: task {others[0][1]} cannot be trained beside task unified, whose steps mix "
+                f"all datasets; give every dataset the mix {{unified: SHARE}}, or none"
+            )
+        found = UnifiedSteps(self.sources, self.shares, self.settings)
+        self.unit_shares = dict(zip(self.sources, self.shares.tolist(), strict=True))
+        self.pairs, self.shares = [(joined(self.sources), UNIFIED)], np.ones(1)
+        return found
+
+    def twin(self) -> Plan:
+        """The same plan for another thread: what it remembers of passes and windows is not safe to share."""
+        other = copy.copy(self)
+        other.sources = {name: source.twin() for name, source in self.sources.items()}
+        other._unified = None if self._unified is None else self._unified.twin(other.sources)
+        return other
+
+    @property
+    def drawn_from(self) -> frozenset[str]:
+        """Names of the datasets whose rows may come at any time (retrieved views), not only in their window."""
+        return frozenset() if self._unified is None else self._unified.drawn_from
+
+    def heaviest(self, name: str, task: str, count: int) -> int:
+        """Most tokens that ``count`` consecutive examples (units, for ``unified``) of one of ``pairs`` can cost."""
+        return self.sources[name].heaviest(task, count) if self._unified is None else self._unified.heaviest(count)
+
+    def most_groups(self, name: str, task: str) -> int:
+        """Most groups that a step of one of ``pairs`` can hold."""
+        settings, group = self.settings, self.settings.group_of(task)
+        if settings.global_batch_examples is not None:
+            return settings.global_batch_examples // group
+        budget = settings.global_batch_tokens or 0
+        if self._unified is not None:
+            return self._unified.most_groups(budget)
+        return budget // (group * self.sources[name].smallest_example(task))
+
     def _check_batch(self) -> None:
         if self.settings.mode == "reference" and self.settings.itm_group > 1:
             raise VlscaleError(
@@ -154,9 +169,9 @@ class Plan:
                     f"batch.global_batch_examples {examples} is not a multiple of objectives.wra.group {group}, which "
                     f"task itm needs for wra.loss hinge; set it to {-(-examples // group) * group} or change the group"
                 )
-            largest = self.sources[name].heaviest(task, group)
+            largest = self.heaviest(name, task, group)
             if tokens is not None and tokens < largest:
-                unit = "one example" if group == 1 else f"one group of {group} examples"
+                unit = unit_of(task, group)
                 raise VlscaleError(
                     f"batch.global_batch_tokens {tokens} is smaller than {unit} of dataset {name}, task {task}: "
                     f"{largest} tokens; raise it to at least {largest}"
@@ -181,8 +196,13 @@ class Plan:
             VlscaleError: the position names other datasets, or a place beyond a dataset's end.
         """
         name, task = self.pair(position.step)
+        if self._unified is not None:
+            self._check_cursors(position)
+            step, cursors = self._unified.step(position.step, position.cursors)
+            return step, Position(position.step + 1, cursors)
         source = self.sources[name]
-        cursor = self._cursor(position, name)
+        self._check_cursors(position)
+        cursor = position.cursors[name]
         if self.settings.reference_batches is not None:
             step = source.batches(position.step, task, cursor, self.settings.reference_batches)
         elif self.settings.global_batch_examples is not None:
@@ -198,15 +218,13 @@ class Plan:
             step, position = self.step(position)
             yield step, position
 
-    def _cursor(self, position: Position, name: str) -> tuple[int, int]:
-        cursor = position.cursors.get(name)
-        if set(position.cursors) != set(self.sources) or cursor is None or cursor[1] >= len(self.sources[name].order):
-            sizes = {name: len(source.order) for name, source in self.sources.items()}
+    def _check_cursors(self, position: Position) -> None:
+        cursors, sizes = position.cursors, {name: len(source.order) for name, source in self.sources.items()}
+        if set(cursors) != set(sizes) or any(cursors[name][1] >= size for name, size in sizes.items()):
             raise VlscaleError(
-                f"resume state: cursors {position.cursors} do not fit the datasets' texts {sizes}; "
+                f"resume state: cursors {cursors} do not fit the datasets' texts {sizes}; "
                 f"the data set or its settings have changed since: start a new run"
             )
-        return cursor
 
     def _fill(self, source: Source, index: int, task: str, cursor: tuple[int, int]) -> Step:
         """Take whole groups while their cumulative cost stays within the token budget; at least one."""
@@ -233,16 +251,18 @@ class Plan:
         itm = [settings.itm_negative_probability, settings.itm_replace, settings.itm_group]
         parts: dict[str, Any] = {
             "seed": settings.seed,
-            "mix": [(*pair, round(float(share), 12)) for pair, share in zip(self.pairs, self.shares, strict=True)],
+            "mix": self._mix,
             "data": [settings.max_text_tokens, settings.max_regions, settings.window_shards],
             "order": ORDER_VERSION,
             "batch": self._batch(),
             "itm": itm if any(task == "itm" for _, task in self.pairs) else None,
         }
+        if self._unified is not None:
+            parts["unified"] = asdict(settings.views)
         for name, source in self.sources.items():
             stores = self._fingerprints.get(name) or source.lengths.digest
             parts[f"dataset {name}"] = [stores, len(source.lengths), source.survey.left_out]
-        return ",".join(f"{part}={_digest(value)}" for part, value in parts.items())
+        return fingerprint_of(parts)
 
     def _batch(self) -> list[Any]:
         """What decides which examples a step holds. In mode ``padded`` they are those of ``packed``."""
@@ -260,132 +280,11 @@ class Plan:
         Raises:
             VlscaleError: something differs; the message names what.
         """
-        old = dict(part.partition("=")[::2] for part in str(fingerprint).split(","))
-        new = dict(part.partition("=")[::2] for part in self.fingerprint.split(","))
-        changed = [part for part in {**old, **new} if old.get(part) != new.get(part)]
-        if changed:
-            raise VlscaleError(
-                f"resume: a changed {_plain(changed[0])}: {', '.join(changed)} of the plan differ from the "
-                f"checkpoint's; restore what was changed, or start a new run in another folder"
-            )
+        check_same(fingerprint, self.fingerprint)
 
 
-def step_shares(
-    sources: Mapping[str, Source],
-    pairs: Sequence[tuple[str, str]],
-    settings: PlanSettings,
-    sizes: Mapping[str, tuple[str, float]],
-) -> NDArray[np.float64]:
-    """float64, the probability that a step is of each (dataset, task).
-
-    Shares that count samples (``mix_unit: samples``, ``repeat``, ``choose``) become shares of steps by the mean cost of
-    an example: a step of so many tokens holds more short examples than long ones.
-
-    Raises:
-        VlscaleError: some datasets have a size and others have none.
-    """
-    lacking = [name for name in sources if name not in sizes]
-    if sizes and lacking:
-        raise VlscaleError(
-            f"dataset {lacking[0]}: others have data.datasets[].repeat or .choose, it has neither; all or none need one"
-        )
-    shares = []
-    for name, task in pairs:
-        source = sources[name]
-        share = source.mix[task]
-        if sizes:
-            kind, size = sizes[name]
-            texts = size * source.survey.total if kind == "repeat" else size
-            share *= texts / sum(source.mix.values())
-        if sizes or settings.mix_unit == "samples":
-            share /= _relative_examples(source, settings)
-        shares.append(share)
-    found = np.array(shares)
-    return np.asarray(found / found.sum())
-
-
-def _relative_examples(source: Source, settings: PlanSettings) -> float:
-    """Examples of a step of ``source``, up to a factor that all datasets share."""
-    if isinstance(source.order, ReferenceOrder):
-        return source.order.mean_batch
-    return 1.0 if settings.global_batch_tokens is None else 1.0 / source.survey.costs.mean
-
-
-class FixedSteps:
-    """A finite list of steps behind the interface that the loader reads a :class:`Plan` through."""
-
-    def __init__(self, steps: Sequence[Step]) -> None:
-        self._steps = list(steps)
-        self.pairs = list(dict.fromkeys((step.dataset, step.task) for step in steps))
-
-    def __len__(self) -> int:
-        """Number of steps."""
-        return len(self._steps)
-
-    def start(self) -> Position:
-        """Return the position before the first step."""
-        return Position(0, {})
-
-    def steps(self, position: Position) -> Iterator[tuple[Step, Position]]:
-        """Yield (step, position after it) from ``position`` to the end."""
-        for index in range(position.step, len(self._steps)):
-            yield self._steps[index], Position(index + 1, {})
-
-
-def evaluation_seed(seed: int) -> int:
-    """Return the seed of everything drawn in evaluation, so that no training draw is met again."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}\0evaluation".encode(), digest_size=7).digest(), "little")
-
-
-def evaluation_steps(lengths: DatasetLengths, task: str, examples: int, settings: PlanSettings) -> list[Step]:
-    """Return the fixed steps of one task over the first ``examples`` texts of a validation set's first pass.
-
-    The order, labels, partners and masks depend on the recipe's seed (through :func:`evaluation_seed`) and on nothing
-    else: not on the training step, nor on the number of processes. Steps are cut to the training batch size; the last
-    one is shorter. Texts over ``max_text_tokens`` are left out, as in training.
-
-    Raises:
-        VlscaleError: the set is empty after filtering or lacks what the task needs.
-    """
-    if settings.reference_batches is not None:  # held-out steps are cut by tokens, however training's are
-        tokens = settings.reference_batches * settings.micro_batch_tokens
-        settings = replace(settings, mode="packed", reference_batches=None, global_batch_tokens=tokens)
-    source = Source(lengths, {task: 1.0}, replace(settings, seed=evaluation_seed(settings.seed)))
-    block = source.block(0, task, (0, 0), min(examples, len(source.order)))
-    group = settings.group_of(task)
-    if settings.global_batch_examples is not None:
-        ends = list(range(settings.global_batch_examples, len(block), settings.global_batch_examples))
-    else:
-        ends = _cuts(block, group, settings.global_batch_tokens or 1)
-    edges = [0, *ends, len(block)]
-    return [block.part(index, begin, end) for index, (begin, end) in enumerate(pairwise(edges))]
-
-
-def _cuts(block: Step, group: int, budget: int) -> list[int]:
-    """Places inside ``block`` where a step ends, each holding whole groups within ``budget`` or a single one."""
-    starts = np.arange(0, len(block), group)
-    totals = np.r_[0, np.cumsum(np.add.reduceat(block.costs.astype(np.int64), starts))]
-    ends: list[int] = []
-    begin = 0
-    while True:
-        begin = max(begin + 1, int(np.searchsorted(totals, totals[begin] + budget, side="right")) - 1)
-        if begin >= len(starts):
-            return ends
-        ends.append(begin * group)
-
-
-def _plain(part: str) -> str:
-    """The user's words for a part of the fingerprint."""
-    words = {
-        "seed": "recipe (seed)",
-        "mix": "recipe (data.datasets[].mix, repeat or choose, or data.mix_unit)",
-        "data": "recipe (data.max_text_tokens, data.max_regions or data.window_shards)",
-        "batch": "recipe (batch.global_batch_tokens or batch.global_batch_examples; mode reference: any of batch)",
-        "itm": "recipe (objectives.itm or objectives.wra.group)",
-        "order": "order of examples (another version of vlscale)",
-    }
-    return words.get(part, "data set on resume")
-
-
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
+def unit_of(task: str, group: int) -> str:
+    """What a group of ``task`` is, in messages."""
+    if task == UNIFIED:
+        return "one unit with all its views"
+    return "one example" if group == 1 else f"one group of {group} examples"

@@ -23,6 +23,7 @@ from vlscale.data.dataset import Dataset
 from vlscale.data.feed import StepSource, own_plan
 from vlscale.data.plan import Plan, Position, Step
 from vlscale.data.remote import CachedFiles, disk_bytes
+from vlscale.data.views import UNIFIED, Role, Views, parted
 from vlscale.errors import VlscaleError
 
 _log = logging.getLogger(__name__)
@@ -124,9 +125,7 @@ class Prefetcher:
     def _walk(self) -> None:
         try:
             for step, _ in self._plan.steps(self._position):
-                needs = self._needs.get(step.dataset)
-                wanted = frozenset() if needs is None else needs.of(step)
-                if not self._admit(step.index, wanted):
+                if not self._admit(step.index, self._wanted(step)):
                     return
         except VlscaleError:
             pass  # training walks the same plan and meets it too
@@ -136,6 +135,14 @@ class Prefetcher:
             with self._changed:
                 self._walked = True
                 self._changed.notify_all()
+
+    def _wanted(self, step: Step) -> frozenset[Wanted]:
+        """The shards that a step needs, of all its datasets that are in a cache."""
+        found: set[Wanted] = set()
+        for number, name in enumerate(parted(step.dataset)):
+            if name in self._needs:
+                found |= self._needs[name].of(step, number)
+        return frozenset(found)
 
     def _admit(self, index: int, wanted: frozenset[Wanted]) -> bool:
         """Wait until there is room for a step's shards, and queue them. False: closed."""
@@ -211,27 +218,57 @@ class _Needs:
 
     def __init__(self, dataset: Dataset, class_tasks: Collection[str]) -> None:
         self._dataset, self._class_tasks = dataset, frozenset(class_tasks)
-        stores = {"texts": dataset.texts, "images": dataset.images, "classes": dataset.classes}
-        readers = {name: store.reader for name, store in stores.items() if store is not None}
+        readers = {name: store.reader for name, store in dataset.stores.items()}
         self.files = {name: files for name, reader in readers.items() if isinstance(files := reader.files, CachedFiles)}
         self._ends = {name: reader.ends for name, reader in readers.items()}
 
-    def of(self, step: Step) -> frozenset[Wanted]:
-        """Shards of the step's texts, of their images and, if its task reads them, of the class probabilities."""
-        images = step.images[step.images >= 0]
-        found = {"texts": self._shards("texts", step.texts), "images": self._shards("images", images)}
-        if step.task in self._class_tasks and "classes" in self._ends:
-            found["classes"] = self.class_shards(images)
-        name = self._dataset.name
-        return frozenset((name, store, number) for store, numbers in found.items() for number in numbers.tolist())
+    def of(self, step: Step, number: int = 0) -> frozenset[Wanted]:
+        """Shards of the step's texts, of their images and, if its task reads them, of the class probabilities.
 
-    def block_bytes(self, begin: int, end: int, with_classes: bool) -> int:
-        """Bytes of the shards that the texts ``begin`` to ``end`` and their images need."""
-        rows = np.arange(begin, end)
-        images = np.unique(self._dataset.lengths.first_image(rows))
+        Args:
+            step: the step.
+            number: which of its datasets this is, where there are several.
+        """
+        if step.views is None:
+            found = self._of_rows(step.texts, step.images, step.task)
+        else:
+            found = self._of_views(step, step.views, number)
+        name = self._dataset.name
+        return frozenset((name, store, shard) for store, shards in found.items() for shard in shards.tolist())
+
+    def _of_rows(self, texts: NDArray[np.int64], images: NDArray[np.int64], task: str) -> dict[str, NDArray[np.int64]]:
+        rows = {"texts": texts[texts >= 0], "images": images[images >= 0]}
+        found = {store: self._shards(store, each) for store, each in rows.items() if store in self._ends}
+        if task in self._class_tasks and "classes" in self._ends:
+            found["classes"] = self.class_shards(rows["images"])
+        return found
+
+    def _of_views(self, step: Step, views: Views, number: int) -> dict[str, NDArray[np.int64]]:
+        """Rewritten captions and units too; class probabilities only of images that are masked."""
+        mine, rewritten = views.source == number, views.view >= 0
+        found = self._of_rows(step.texts[mine & ~rewritten], step.images[mine], "")
+        beside = {
+            "rewrites": mine & rewritten,
+            "units": mine & ((views.role == Role.BIDIRECTIONAL) | (views.role == Role.SEQ2SEQ)),
+            "retrieved": mine & (views.role == Role.PAIR),
+        }
+        for store, rows in beside.items():
+            if store in self._ends:
+                found[store] = self._shards(store, step.texts[rows])
+        if step.task in self._class_tasks and "classes" in self._ends:
+            found["classes"] = self.class_shards(step.images[mine & (views.role == Role.VISUAL)])
+        return found
+
+    def block_bytes(self, begin: int, end: int, tasks: Collection[str]) -> int:
+        """Bytes of the shards that the texts ``begin`` to ``end`` and their images need for some tasks."""
+        lengths, rows = self._dataset.lengths, np.arange(begin, end)
+        images = np.unique(lengths.first_image(rows))
         images = images[images >= 0]
-        found = {"texts": self._shards("texts", rows), "images": self._shards("images", images)}
-        if with_classes and "classes" in self._ends:
+        wanted = {"texts": rows, "images": images}
+        if UNIFIED in tasks:
+            wanted |= dict.fromkeys(("units", "rewrites", "retrieved"), rows)
+        found = {store: self._shards(store, each) for store, each in wanted.items() if store in self._ends}
+        if self._class_tasks & set(tasks) and "classes" in self._ends:
             found["classes"] = self.class_shards(images)
         shards = {store: self.files[store].index.shards for store in found}
         return sum(disk_bytes(shards[store][number]) for store, numbers in found.items() for number in numbers.tolist())
@@ -260,7 +297,7 @@ def class_tasks(objectives: Mapping[str, Any]) -> list[str]:
 
 def is_cached(dataset: Dataset) -> bool:
     """Are the dataset's shards fetched when they are needed?"""
-    return isinstance(dataset.texts.reader.files, CachedFiles)
+    return any(isinstance(store.reader.files, CachedFiles) for store in dataset.stores.values())
 
 
 def check_room(plan: Plan, datasets: Mapping[str, Dataset], class_tasks: Collection[str], window_shards: int) -> None:
@@ -275,16 +312,17 @@ def check_room(plan: Plan, datasets: Mapping[str, Dataset], class_tasks: Collect
             continue
         dataset = datasets[name]
         needs = _Needs(dataset, class_tasks)
-        with_classes = bool(set(source.mix) & set(class_tasks))
-        limit = needs.files["texts"].cache.limit
+        limit = next(iter(needs.files.values())).cache.limit
         if limit is None:
             return
-        blocks = np.sort([needs.block_bytes(*edges, with_classes) for edges in pairwise(source.survey.edges.tolist())])
+        blocks = np.sort([needs.block_bytes(*edges, source.mix) for edges in pairwise(source.survey.edges.tolist())])
         everything = sum(disk_bytes(file) for files in needs.files.values() for file in files.index.shards)
-        total += min(2 * int(blocks[::-1][:window_shards].sum()), everything)
+        windows = min(2 * int(blocks[::-1][:window_shards].sum()), everything)
+        total += everything if name in plan.drawn_from else windows
     if limit is not None and total > limit * CACHE_SHARE:
         least = int(total / CACHE_SHARE) + 1
+        whole = f", and {', '.join(sorted(plan.drawn_from))} whole for retrieved views" if plan.drawn_from else ""
         raise VlscaleError(
-            f"data.cache_limit {limit} bytes cannot hold two windows of {window_shards} text shards and their images, "
-            f"up to {total} bytes; raise it to {least}, or lower data.window_shards"
+            f"data.cache_limit {limit} bytes cannot hold two windows of {window_shards} text shards and their images"
+            f"{whole}, up to {total} bytes; raise it to {least}, or lower data.window_shards"
         )

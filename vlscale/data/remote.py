@@ -19,6 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ import xxhash
 
 from vlscale.config import DataSection
 from vlscale.data.cache import ShardCache
+from vlscale.data.companion_schema import SIDE_FILES
 from vlscale.data.fetch import Fetcher, NotThereError, size_and_hash
 from vlscale.data.index import INDEX_NAME, MAX_JSON_BYTES, ShardFile, StoreIndex, read_bytes
 from vlscale.data.shard import TOO_MANY, ShardAccessError
@@ -38,12 +40,13 @@ from vlscale.hashing import file_digest
 META_NAME = "meta.json"
 TOKENIZER_NAME = "tokenizer.json"
 SIDE_NAME = "side.json"
-STORES = {
+STORES: dict[str, tuple[str, ...]] = {
     "texts": ("lengths.npy", "image_ptr.npy", "image_refs.npy"),
     "images": ("lengths.npy",),
     "classes": (),
+    **SIDE_FILES,
 }
-"""Store -> its side files. ``classes`` may be missing."""
+"""Store -> its side files. Each may be missing, but texts or images have to be there."""
 
 _STARTED = time.time()
 _opened: dict[str, float] = {}
@@ -245,21 +248,15 @@ def _refresh(root: Path | str, part: Path, fetcher: Fetcher) -> str:
         The key: the name of the dataset's folder beside ``part``.
     """
     digest = hashlib.sha256()
-    stores = []
-    for store in STORES:
-        (part / store).mkdir()
-        try:
-            for name in (INDEX_NAME, META_NAME):
-                target = part / store / name
-                optional = store == "classes" and name == INDEX_NAME
-                fetcher.fetch(_join(root, f"{store}/{name}"), target, MAX_JSON_BYTES, optional=optional)
-                digest.update(f"{store}/{name}\n".encode() + hashlib.sha256(target.read_bytes()).digest())
-        except NotThereError:
-            if store != "classes" or any((part / store).iterdir()):
-                raise
-            (part / store).rmdir()
-            continue
-        stores.append(store)
+    with ThreadPoolExecutor(len(STORES)) as pool:  # what is not there is asked for twice, with a pause
+        found = pool.map(lambda store: _fetch_index(root, store, part / store, fetcher), STORES)
+        missing = {store: error for store, error in zip(STORES, found, strict=True) if error is not None}
+    if "texts" in missing and "images" in missing:
+        raise missing["images"]
+    stores = [store for store in STORES if store not in missing]
+    for store in stores:
+        for name in (INDEX_NAME, META_NAME):
+            digest.update(f"{store}/{name}\n".encode() + hashlib.sha256((part / store / name).read_bytes()).digest())
     key = digest.hexdigest()[:24]
     place = part.with_name(key)
     for store in stores:
@@ -267,6 +264,20 @@ def _refresh(root: Path | str, part: Path, fetcher: Fetcher) -> str:
     if not place.is_dir():
         os.rename(part, place)
     return key
+
+
+def _fetch_index(root: Path | str, store: str, folder: Path, fetcher: Fetcher) -> NotThereError | None:
+    """Fetch index.json and meta.json of a store into ``folder``; says so if there is no such store."""
+    folder.mkdir()
+    try:
+        for name in (INDEX_NAME, META_NAME):
+            fetcher.fetch(_join(root, f"{store}/{name}"), folder / name, MAX_JSON_BYTES, optional=name == INDEX_NAME)
+    except NotThereError as error:
+        if any(folder.iterdir()):
+            raise
+        folder.rmdir()
+        return error
+    return None
 
 
 def _side_files(root: Path | str, store: str, part: Path, place: Path, fetcher: Fetcher) -> None:

@@ -17,6 +17,7 @@ MOST_ROWS = 64
 """Most rows that are decoded at a time: this is for looking, not for exporting."""
 
 TOP_CLASSES = 5
+MOST_RETRIEVED = 10
 _RANGE = re.compile(r"([0-9]{1,18})?(?:(:)([0-9]{1,18})?)?", re.ASCII)
 
 
@@ -55,7 +56,8 @@ def decoded_rows(stores: Stores, asked: str, max_regions: int) -> list[dict[str,
         VlscaleError: there are no such rows, or one is damaged.
     """
     main: AnyStore | None = stores.texts or stores.images or stores.classes
-    assert main is not None
+    if main is None:
+        raise VlscaleError(f"{stores.path}: its rows are shown with their texts; name the dataset's folder")
     rows = parse_rows(asked, len(main), f"{main.folder}")
     if stores.texts is not None:
         return [text_row(stores, stores.texts, row, max_regions) for row in rows]
@@ -68,7 +70,9 @@ def decoded_rows(stores: Stores, asked: str, max_regions: int) -> list[dict[str,
 def text_row(stores: Stores, texts: TextStore, row: int, max_regions: int) -> dict[str, Any]:
     """Return ``row, id, text, tokens`` (in words), ``input_ids, images, extra`` of a text.
 
-    Where the texts have segments, also ``segments``: the type and the number of word pieces of each.
+    Where the texts have segments, also ``segments``: the type and the number of word pieces of each. Where there are
+    stores beside the texts, also ``units`` (the word pieces of each), ``rewrites`` ([text, does it say the same]) and
+    ``retrieved`` (rows of ``images`` and ``texts`` of their collections, best first).
 
     ``images`` are :func:`image_row` where the images are at hand, otherwise only ``{"id": ..}``.
 
@@ -97,7 +101,21 @@ def text_row(stores: Stores, texts: TextStore, row: int, max_regions: int) -> di
         **({"segments": segments(found["type_ids"])} if texts.num_types > 1 else {}),
         "images": images,
         "extra": found["extra"],
+        **_beside(stores, row, [tokens[index] for index in ids]),
     }
+
+
+def _beside(stores: Stores, row: int, tokens: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if stores.units is not None:
+        (units,) = stores.units.units_of(np.array([row]))
+        found["units"] = [tokens[begin:end] for begin, end, _ in units.tolist()]
+    if stores.rewrites is not None:
+        found["rewrites"] = [[rewrite.text, rewrite.positive] for rewrite, _ in stores.rewrites.rewrites(row)]
+    if stores.retrieved is not None:
+        lists = {"images": stores.retrieved.images_of(row), "texts": stores.retrieved.texts_of(row)}
+        found["retrieved"] = {kind: rows[:MOST_RETRIEVED].tolist() for kind, rows in lists.items()}
+    return found
 
 
 def segments(type_ids: NDArray[np.int32]) -> list[list[int]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from vlscale.data.partners import Partners
 from vlscale.data.random import Draws
 from vlscale.data.reference import ReferenceOrder
 from vlscale.data.survey import survey
+from vlscale.data.views import UNIFIED, Views, ViewSettings
 from vlscale.errors import VlscaleError
 
 Mix = Mapping[str, float]
@@ -27,7 +29,7 @@ class PlanSettings:
     Exactly one of ``global_batch_tokens``, ``global_batch_examples`` and (with mode ``reference``)
     ``reference_batches`` is set. ``itm_group`` is the number of consecutive examples of an itm step that are never
     split: ``wra.group`` for the hinge loss, otherwise 1. ``micro_batch_tokens`` is only read when a step is dealt, and
-    in mode ``reference``.
+    in mode ``reference``. ``views`` is only read for task ``unified``.
     """
 
     seed: int
@@ -43,6 +45,7 @@ class PlanSettings:
     mode: str = "packed"
     reference_batches: int | None = None
     mix_unit: str = "steps"
+    views: ViewSettings = field(default_factory=ViewSettings)
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> PlanSettings:
@@ -62,6 +65,7 @@ class PlanSettings:
             mode=recipe.batch.mode,
             reference_batches=recipe.batch.reference_batches,
             mix_unit=recipe.data.mix_unit,
+            views=ViewSettings.from_section(objectives.unified),
         )
 
     def group_of(self, task: str) -> int:
@@ -73,16 +77,22 @@ class PlanSettings:
 class Step:
     """One optimiser step of B examples, the same for every number of processes.
 
+    A step of task ``unified`` mixes datasets; its examples are the rows of its units (see :mod:`~vlscale.data.views`),
+    and a unit is a group.
+
     Attributes:
         index: number of the step.
         task: one task for all examples, on all ranks.
-        dataset: name of the dataset all examples come from.
+        dataset: name of the dataset all examples come from; of task ``unified`` the names joined with ``+``.
         texts: int64 [B], text row that is read (the partner's, for a replaced text).
         images: int64 [B], image row that is read (the partner's, for a replaced image); -1 for none.
         passes: int64 [B] and examples: int64 [B], pass and text row that were met: they key every random draw.
         labels: int8 [B], 1 for a match, 0 for a negative; all 1 unless the task is itm.
         group: int32 [B], rising from 0; examples of one group are never split.
-        costs: int32 [B], tokens and regions that each example runs, [CLS] and [SEP] included.
+        costs: int32 [B], tokens and regions that each example runs, [CLS] and [SEP] included; of task ``unified`` also
+            [IMG] and room for what a generated fragment adds.
+        views: what each example is and which dataset it is from; task ``unified`` only. ``texts`` is -1 where there is
+            no text, and passes and examples are those of the unit (its text row, or image row without texts).
     """
 
     index: int
@@ -95,6 +105,7 @@ class Step:
     labels: NDArray[np.int8]
     group: NDArray[np.int32]
     costs: NDArray[np.int32]
+    views: Views | None = None
 
     def __len__(self) -> int:
         """Number of examples B."""
@@ -109,7 +120,9 @@ class Step:
         """Return examples ``begin`` to ``end`` as step ``index``, groups counted from 0 again."""
         names = ("texts", "images", "passes", "examples", "labels", "costs")
         group = self.group[begin:end] - self.group[begin]
-        return replace(self, index=index, group=group, **{name: getattr(self, name)[begin:end] for name in names})
+        views = None if self.views is None else self.views.take(slice(begin, end))
+        parts = {name: getattr(self, name)[begin:end] for name in names}
+        return replace(self, index=index, group=group, views=views, **parts)
 
 
 class Source:
@@ -119,6 +132,7 @@ class Source:
         self.lengths = lengths
         self.mix = {task: float(mix[task]) for task in TASKS if mix.get(task, 0) > 0}
         self.settings = settings
+        self.beside = lengths.beside
         longest = settings.max_text_tokens
         self.survey = survey(lengths, longest, settings.max_regions)
         self._check()
@@ -147,13 +161,25 @@ class Source:
                 f"dataset {name}: no text is left with data.max_text_tokens {longest} ({why}); raise it, or leave "
                 f"the dataset out"
             )
-        wanted = [task for task in self.mix if task != "mlm"]
+        if self.lengths.images_only and set(self.mix) - {UNIFIED}:
+            raise VlscaleError(
+                f"dataset {name}: has no texts/, which task {next(iter(self.mix))} needs; give it texts, or leave it "
+                f"out (task unified alone takes images without texts)"
+            )
+        wanted = [task for task in self.mix if task not in ("mlm", UNIFIED)]
         found = self.survey
         if found.lonely and wanted:
             raise VlscaleError(
                 f"dataset {name}: text row {found.first_lonely} ({found.lonely} of {found.total}) has no image, which "
                 f"task {wanted[0]} needs; drop {', '.join(wanted)} from its mix (mlm alone takes texts without images)"
             )
+
+    def twin(self) -> Source:
+        """The same dataset for another thread: what an order remembers and a reader has open is not safe to share."""
+        other = copy.copy(self)
+        other.order = self.order.twin()
+        other.beside = self.beside.twin()
+        return other
 
     def block(self, index: int, task: str, cursor: tuple[int, int], count: int) -> Step:
         """Return the next ``count`` texts from ``cursor`` as a step, not yet cut to any budget."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlscale.data.chunks import slices
-from vlscale.data.lengths import SPECIALS, DatasetLengths
+from vlscale.data.lengths import DatasetLengths
 from vlscale.errors import VlscaleError
 
 MOST_TOKENS = 1 << 24
@@ -125,9 +125,9 @@ def survey(lengths: DatasetLengths, max_text_tokens: int, max_regions: int) -> S
             )
         first = lengths.first_image(rows)
         cost = lengths.costs(rows, first, max_regions)
-        words.add(tokens + np.int32(SPECIALS))
+        words.add(tokens + np.int32(lengths.specials))
         costs.add(cost)
-        regions.add(cost - tokens - np.int32(SPECIALS))
+        regions.add(cost - tokens - np.int32(lengths.specials))
         firsts += [int(first.min()), int(first.max())]
         missing = first < 0
         if first_lonely < 0 and missing.any():

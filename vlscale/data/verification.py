@@ -16,9 +16,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from vlscale.data.companions import RetrievedStore, RewriteStore, UnitStore
 from vlscale.data.dataset import open_dataset
 from vlscale.data.index import HASH, INDEX_NAME, RESTORE, file_hash, file_size, read_bytes
-from vlscale.data.inspection import AnyStore, Kind, find_stores
+from vlscale.data.inspection import STORES, AnyStore, Kind, find_stores, is_whole
 from vlscale.data.rows import image_problem
 from vlscale.data.store import ClassStore, ImageStore, TextStore
 from vlscale.errors import VlscaleError
@@ -91,7 +92,7 @@ def verify(path: Path | str, rows: bool = False, progress: Progress = lambda wha
     if "images" not in folders and path not in folders.values():
         _miss_images(path, opened, report)
     whole = {kind: store for kind, store in opened.items() if store is not None}
-    if "texts" in whole and "images" in whole and len(whole) == len(folders):
+    if path not in folders.values() and len(whole) == len(folders) and is_whole(folders):
         try:
             open_dataset("dataset", path, verify=False)
         except VlscaleError as error:
@@ -166,9 +167,8 @@ def _check_file(shard: _Listed) -> None:
 
 def _open(kind: Kind, folder: Path, damaged: set[Path], report: Verification) -> AnyStore | None:
     """Open a store, which checks index.json, meta.json and side files; None if that fails."""
-    stores: dict[Kind, type[AnyStore]] = {"texts": TextStore, "images": ImageStore, "classes": ClassStore}
     try:
-        store = stores[kind](folder, verify=False)
+        store = STORES[kind](folder, verify=False)
         store.reader.index.check_side_files()
         return store
     except VlscaleError as error:
@@ -205,6 +205,28 @@ def _verify_rows(
                 report.add(f"{texts.folder}: row {row}: {problem}; build the store again")
     if isinstance(classes, ClassStore) and not damaged["classes"]:
         _verify_probs(classes, report, progress)
+    for kind in ("units", "rewrites", "retrieved"):
+        store = stores.get(kind)
+        if store is not None and not damaged[kind]:
+            _verify_beside(kind, store, report, progress)
+
+
+def _verify_beside(kind: Kind, store: AnyStore, report: Verification, progress: Progress) -> None:
+    """Decode every row of a store beside the texts as batches and people do."""
+    for row in range(len(store)):
+        progress(f"{kind}: rows", row, len(store))
+        report.rows += 1
+        try:
+            if isinstance(store, UnitStore):
+                store.units_of(np.array([row]))
+            elif isinstance(store, RewriteStore):
+                store.rewrites(row)
+            elif isinstance(store, RetrievedStore):
+                store.images_of(row)
+                store.texts_of(row)
+        except VlscaleError as error:
+            report.add(str(error))
+    progress(f"{kind}: rows", len(store), len(store))
 
 
 def _rows(

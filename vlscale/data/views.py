@@ -6,11 +6,19 @@ costed as a whole.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vlscale.config_unified import UnifiedSection
+
+UNIFIED = "unified"
+"""The task whose steps are made of views."""
+
+_JOINT = "+"
 
 
 class Role(IntEnum):
@@ -45,6 +53,49 @@ MASKED = (Role.VISUAL, Role.BIDIRECTIONAL, Role.SEQ2SEQ)
 """The rows that are masked."""
 
 
+@dataclass(frozen=True)
+class ViewSettings:
+    """What decides which rows a unit becomes (see :class:`~vlscale.config_unified.UnifiedSection` for each).
+
+    Attributes:
+        contrast: pairs have views at all.
+        positives, negatives: rewritten captions of a pair; images, texts: retrieved ones. As many as there are.
+        alone: a pair's image and caption are encoded by themselves, too.
+        pair_visual_share: of pairs whose regions are masked; seq2seq_share: of texts, and of the other pairs, that are
+            generated in part.
+        seq2seq_probability, shortest_fragment: bound what a generated text costs.
+    """
+
+    contrast: bool = True
+    positives: int = 1
+    negatives: int = 4
+    images: int = 1
+    texts: int = 1
+    alone: bool = True
+    pair_visual_share: float = 0.5
+    seq2seq_share: float = 0.5
+    seq2seq_probability: float = 0.25
+    shortest_fragment: int = 4
+
+    @classmethod
+    def from_section(cls, section: UnifiedSection) -> ViewSettings:
+        """Read the settings from a recipe's ``objectives.unified``."""
+        contrast, language = section.contrast, section.language
+        wanted = contrast.weight > 0
+        return cls(
+            contrast=wanted,
+            positives=contrast.positives * wanted,
+            negatives=contrast.negatives * wanted,
+            images=contrast.images * wanted,
+            texts=contrast.texts * wanted,
+            alone=contrast.alone and wanted,
+            pair_visual_share=section.pair_visual_share,
+            seq2seq_share=language.seq2seq_share,
+            seq2seq_probability=language.seq2seq_probability,
+            shortest_fragment=language.shortest_fragment,
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Views:
     """What the B rows of a unified step are.
@@ -75,3 +126,13 @@ def most_fragments(tokens: NDArray[np.int32], probability: float, shortest: int)
     """
     wanted = np.ceil(tokens * probability).astype(np.int64)
     return np.maximum(1, -(-wanted // shortest)).astype(np.int32)
+
+
+def joined(datasets: Iterable[str]) -> str:
+    """The name that a step over several datasets gives as its dataset."""
+    return _JOINT.join(datasets)
+
+
+def parted(dataset: str) -> tuple[str, ...]:
+    """The datasets of a step that gives ``dataset`` as its dataset."""
+    return tuple(dataset.split(_JOINT))

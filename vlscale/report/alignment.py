@@ -34,7 +34,7 @@ def alignment(
     mentions = heldout.spelt_mentions()
     texts, which = np.unique(mentions.text, return_inverse=True)
     images = heldout.first_image[texts]
-    aligner = WordRegionAlignment.build(section, heldout.dataset.vocabulary)
+    aligner = WordRegionAlignment.build(section, heldout.dataset.texts.meta.vocabulary)
     offset = 1 if section.tokens == "all" else 0
     right = np.zeros(len(mentions))
     with answering(model):
@@ -87,7 +87,7 @@ def transport_plan_of(
         converged), and int64 [T], the position of each row in the text without [CLS] (-1 is [CLS]).
     """
     texts = np.array([text], np.int64)
-    aligner = WordRegionAlignment.build(section, heldout.dataset.vocabulary)
+    aligner = WordRegionAlignment.build(section, heldout.dataset.texts.meta.vocabulary)
     with answering(model):
         for _, batch in heldout.batches("itm", texts, heldout.first_image[texts]):
             _, plan_BRT = aligner.align(model.encode(batch), batch)

@@ -83,7 +83,7 @@ def masked_regions(
     classes = heldout.dataset.classes
     right_K, error_K = np.zeros(len(mentions)), np.zeros(len(mentions))
     labels_K = np.zeros(len(mentions), np.int64)
-    features = np.zeros((len(mentions), heldout.dataset.feature_dim), np.float32)
+    features = np.zeros((len(mentions), heldout.dataset.images.meta.feature_dim), np.float32)
     with answering(model):
         for part, batch in heldout.batches("mrc", mentions.text, mentions.image, "masked regions", progress):
             positions = batch.cu_regions[:-1].long() + torch.from_numpy(mentions.region[part]).to(batch.boxes.device)
@@ -166,7 +166,7 @@ def _hide_words(
     within = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     begin = batch.cu_text[:-1].cpu().numpy() + 1 + mentions.start
     positions = torch.from_numpy(begin[owner] + within).to(batch.input_ids.device)
-    input_ids = batch.input_ids.index_fill(0, positions, heldout.dataset.vocabulary.mask)
+    input_ids = batch.input_ids.index_fill(0, positions, heldout.dataset.texts.meta.vocabulary.mask)
     return dataclasses.replace(batch, input_ids=input_ids), positions, owner
 
 

@@ -110,7 +110,7 @@ class HeldOut:
         Raises:
             UnmeasurableError: there is none.
         """
-        mentions, unknown = self.mentions, self.dataset.vocabulary.unk
+        mentions, unknown = self.mentions, self.dataset.texts.meta.vocabulary.unk
         if not len(mentions):
             raise UnmeasurableError("no text has spans that point at regions")
         texts, which = np.unique(mentions.text, return_inverse=True)
@@ -188,7 +188,7 @@ class HeldOut:
             progress.remove_task(bar)
 
     def _batch(self, task: str, texts: NDArray[np.int64], images: NDArray[np.int64]) -> RaggedBatch:
-        count, vocabulary = len(texts), self.dataset.vocabulary
+        count, vocabulary = len(texts), self.dataset.texts.meta.vocabulary
         micro = MicroBatch(
             step=0,
             micro=0,
@@ -315,4 +315,4 @@ def _is_span(span: Any, tokens: int, regions: int) -> bool:
 
 def _spell(dataset: Dataset, ids: NDArray[np.int32]) -> str:
     """The word that word pieces spell."""
-    return "".join(dataset.vocabulary.tokens[i].removeprefix("##") for i in ids)
+    return "".join(dataset.texts.meta.vocabulary.tokens[i].removeprefix("##") for i in ids)

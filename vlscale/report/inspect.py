@@ -12,11 +12,12 @@ from vlscale.errors import VlscaleError
 
 if TYPE_CHECKING:
     from vlscale.data.inspection import Stores
+    from vlscale.data.lengths import DatasetLengths
     from vlscale.data.plan_figures import PlanFigures
 
 _PLAN_OPTIONS = (
     "budget", "world", "gas", "global_tokens", "mode", "hidden_size", "task", "seed", "max_text_tokens",
-    "window_shards", "steps",
+    "window_shards", "steps", "mix",
 )  # fmt: skip
 _VERIFY = ("hashes", "rows")
 _ROW_REGIONS = 100
@@ -51,7 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan.add_argument("--global-tokens", type=_count, metavar="N", help="batch.global_batch_tokens; gas is derived")
     plan.add_argument("--mode", choices=("packed", "padded"), help="batch.mode of the recipe (packed)")
     plan.add_argument("--hidden-size", type=_count, metavar="H", help="of the model, which decides what is even (768)")
-    plan.add_argument("--task", metavar="NAME", help="task of every step (mlm)")
+    plan.add_argument("--task", metavar="NAME", help="task of every step (mlm; of texts or images alone unified)")
+    plan.add_argument(
+        "--mix", action="append", metavar="FOLDER=SHARE",
+        help="task unified: another dataset that is mixed into each step, so many units for each of STORE's; repeat it "
+        "for more",
+    )  # fmt: skip
     plan.add_argument("--seed", type=_number, metavar="N", help="seed of the recipe (42)")
     plan.add_argument("--max-text-tokens", type=_count, metavar="N", help="longer texts are left out (60)")
     plan.add_argument("--window-shards", type=_count, metavar="N", help="texts are shuffled within so many shards (16)")
@@ -123,6 +129,8 @@ def _check(args: argparse.Namespace) -> None:
 
         if args.task not in TASKS:
             raise VlscaleError(f"--task {args.task}: expected one of {', '.join(TASKS)}{nearest(args.task, TASKS)}")
+        if args.mix and args.task != "unified":
+            raise VlscaleError(f"--mix has no effect with --task {args.task}: only steps of task unified mix datasets")
     if args.png is not None:
         from vlscale.report.lengths import check_png
 
@@ -195,7 +203,23 @@ def _figures(args: argparse.Namespace, stores: Stores) -> PlanFigures:
     gas = None if args.global_tokens is not None else (args.gas or 1)
     lengths = stores.dataset.lengths
     steps, hidden_size = args.steps or MOST_STEPS, args.hidden_size or _HIDDEN_SIZE
-    return plan_figures(lengths, args.task or "mlm", settings, args.world or 1, gas, steps, hidden_size)
+    task = args.task or ("mlm" if lengths.kind == "pairs" and not args.mix else "unified")
+    others = [_other(asked, number) for number, asked in enumerate(args.mix or ())]
+    return plan_figures(lengths, task, settings, args.world or 1, gas, steps, hidden_size, others=others)
+
+
+def _other(asked: str, number: int) -> tuple[DatasetLengths, float]:
+    """Lengths of a dataset of ``--mix``, and its share."""
+    from vlscale.data.dataset import open_dataset
+
+    folder, _, share = asked.rpartition("=")
+    try:
+        found = float(share)
+    except ValueError:
+        found = 0.0
+    if not folder or not 0 < found < float("inf"):
+        raise VlscaleError(f"--mix {asked}: expected FOLDER=SHARE, a share above 0, as --mix data/books=0.2")
+    return open_dataset(f"{Path(folder).resolve().name}.{number + 2}", Path(folder)).lengths, found
 
 
 def _number(text: str) -> int:

@@ -17,6 +17,18 @@ _MOST_REGIONS = 12
 _REGION_WIDTH = 78
 _MOST_CHARACTERS = 2000
 _MOST_EXTRA = 300
+_ROLES = {
+    "visual": "regions are masked; the caption, if there is one, is visible",
+    "bidirectional": "spans of words are masked; the image, if there is one, is visible",
+    "seq2seq": "fragments of the text are generated; the image, if there is one, is visible",
+    "pair": "image and caption together",
+    "positive": "the image with a rewritten caption that says the same",
+    "negative": "the image with a rewritten caption that is not true",
+    "image": "a pair's image alone",
+    "text": "a pair's caption alone",
+    "retrieved_image": "an image like the pair's, alone",
+    "retrieved_text": "a text like the caption, alone",
+}
 _STORE_NAMES = {"texts": "texts", "images": "images", "classes": "regions"}
 
 
@@ -108,6 +120,8 @@ def _content(kind: str, store: Mapping[str, Any]) -> str:
     if kind == "classes":
         names = "named" if store["class_names"] else "without names"
         return f"{meta['dtype']} [{meta['num_classes']}] per region, classes {names}"
+    if kind in ("units", "rewrites", "retrieved"):
+        return _beside(kind, store)
     text = f"{store['regions']:,} regions, {meta['feature_dtype']} [{meta['feature_dim']}] each"
     codec = meta.get("feature_codec", "none")
     if codec != "none" and store["raw_feature_bytes"]:
@@ -115,6 +129,24 @@ def _content(kind: str, store: Mapping[str, Any]) -> str:
     known = {"kind", "version", "feature_dim", "feature_dtype", "feature_codec", "source"}
     rest = {key: value for key, value in meta.items() if key not in known and value is not None}
     return text + "".join(f", {key} {printable(value)}" for key, value in rest.items())
+
+
+def _beside(kind: str, store: Mapping[str, Any]) -> str:
+    """What a store beside the texts holds."""
+    per = max(store["rows"], 1)
+    if kind == "units":
+        parser = printable(store["meta"]["parser"])
+        return f"{store['units']:,} units ({store['units'] / per:.1f} per text), parser {parser}"
+    if kind == "rewrites":
+        share = store["positive_views"] / max(store["views"], 1)
+        return f"{store['views']:,} rewritten captions ({store['views'] / per:.1f} per text), {share:.0%} say the same"
+    found = []
+    for what in ("images", "texts"):
+        collection = store["meta"][f"{what[:-1]}_collection"]
+        if collection is not None:
+            of = f"of {collection['rows']:,} ({collection['digest'][:12]})"
+            found.append(f"{store[what] / per:.1f} {what} per text, {of}")
+    return "; ".join(found)
 
 
 def _vocabulary(vocabulary: Mapping[str, Any]) -> str:
@@ -130,11 +162,16 @@ def _show_plan(plan: Mapping[str, Any], console: Console) -> None:
     table = _table("plan", "value>", "meaning~")
     spread, looked = plan["micro_batches"], plan["steps"]
     part = "the whole pass" if plan["examples"] >= plan["texts"] else f"the first {looked:,} steps"
+    largest = "largest unit with its views, at most" if "mixed" in plan else "longest example"
     rows = [
         ("processes x accumulation", f"{plan['world_size']} x {plan['accumulation']}", "micro-batches of a step"),
-        ("budget", f"{plan['micro_batch_tokens']:,}", f"tokens per micro-batch; longest example {plan['longest']:,}"),
+        ("budget", f"{plan['micro_batch_tokens']:,}", f"tokens per micro-batch; {largest} {plan['longest']:,}"),
         ("global batch", f"{plan['global_batch_tokens']:,}", "tokens per step at most"),
-        ("texts in a pass", f"{plan['texts']:,}", f"{plan['left_out']:,} left out as too long"),
+        (
+            "units in a pass" if "mixed" in plan else "texts in a pass",
+            f"{plan['texts']:,}",
+            f"{plan['left_out']:,} left out as too long",
+        ),
         ("steps per pass", f"{plan['steps_per_pass']:,.1f}", f"figures below: {part}"),
         ("fill", f"{plan['fill']:.2%}", "what the budget counts / (micro-batches x budget)"),
         (
@@ -153,8 +190,20 @@ def _show_plan(plan: Mapping[str, Any], console: Console) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    if "mixed" in plan:
+        _show_mixed(plan["mixed"], console)
     if plan["advice"]:
         _line(console, plan["advice"])
+
+
+def _show_mixed(mixed: Mapping[str, Any], console: Console) -> None:
+    """What a unified step is made of."""
+    units = ", ".join(f"{count:,.1f} of {printable(name)}" for name, count in mixed["units"].items())
+    _line(console, f"units of a step: {units}; {mixed['rows']:,.1f} rows with all views")
+    table = _table("rows", "per step>", "of the tokens>", "what they are~")
+    for role, found in mixed["roles"].items():
+        table.add_row(role.replace("_", " "), f"{found['rows']:,.1f}", f"{found['share']:.1%}", _ROLES[role])
+    console.print(table)
 
 
 def _show_row(row: Mapping[str, Any], console: Console, shown: set[int]) -> None:
@@ -181,6 +230,13 @@ def _show_text(row: Mapping[str, Any], console: Console) -> None:
     if "segments" in row:
         segments = ", ".join(f"type {kind}: {size} word pieces" for kind, size in row["segments"])
         _line(console, f"  {len(row['segments'])} segments: {segments}")
+    if "units" in row:
+        units = " | ".join(" ".join(printable(token) for token in unit) for unit in row["units"])
+        _line(console, f"  {len(row['units'])} units: {units}")
+    for text, positive in row.get("rewrites", ()):
+        _line(console, f"  {'says the same' if positive else 'not true'}: {printable(text)}")
+    for kind, rows in row.get("retrieved", {}).items():
+        _line(console, f"  {kind} like it: rows {', '.join(map(str, rows)) or 'none'}")
     if row["extra"]:
         _line(console, f"  extra: {printable(row['extra'], _MOST_EXTRA)}")
 
