@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from vlscale.train.engine import connect
     from vlscale.train.environment import choose_accelerator, compute_capability
     from vlscale.train.evaluate import Evaluation
-    from vlscale.train.pretraining import build_engine, data_facts, inner_model, open_datasets
+    from vlscale.train.pretraining import build_engine, data_facts, inner_model, open_datasets, vocabulary_of
     from vlscale.train.processes import launched
     from vlscale.train.progress import Reporter
     from vlscale.train.run_folder import RunFolder
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             validation = open_datasets(recipe.data.validation, recipe.data)
             facts = data_facts([*datasets.values(), *validation.values()])
             plan = Plan.from_recipe(recipe, datasets)
-            objectives = build_objectives(recipe.objectives, recipe.tasks, next(iter(datasets.values())).vocabulary)
+            objectives = build_objectives(recipe.objectives, recipe.tasks, vocabulary_of(datasets.values()))
             evaluation = Evaluation(recipe, validation, objectives)
             check_room(plan, datasets, class_tasks(objectives), recipe.data.window_shards)
             gas, examples = accumulation(plan, processes.world_size), recipe.batch.global_batch_examples

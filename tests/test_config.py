@@ -95,6 +95,44 @@ def test_mistakes_are_named(recipe_file: Path, override: str, message: str) -> N
     assert "\n" not in str(caught.value)
 
 
+UNIFIED = ("model.name=unimo", "data.datasets.0.mix={unified: 1}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (UNIFIED[1:], r"uniter does not train task unified \(it trains mlm, .*\): set model.name to unimo"),
+        (UNIFIED[:1], r"unimo does not train task mlm \(it trains unified\): set model.name to uniter"),
+        ((UNIFIED[0], "data.datasets.0.mix={unified: 1, itm: 1}"), "unimo does not train task itm"),
+        ((*UNIFIED, "batch.mode=padded"), "batch.mode padded does not go with task unified"),
+        ((*UNIFIED, "objectives.unified.contrast.negatives=0"), "positives alone, so its loss would be constant"),
+        ((*UNIFIED, "objectives.unified.contrast.wieght=0"), r"unknown key 'objectives.*did you mean 'weight'"),
+        ((*UNIFIED, "objectives.unified.language.longest_fragment=3"), "shortest_fragment 4 exceeds"),
+        ((*UNIFIED, "objectives.unified.visual.background_class=0"), "labels: hard only"),
+        ((*UNIFIED, "objectives.unified.visual.labels=sft"), "did you mean 'soft'"),
+        (
+            (*UNIFIED, "objectives.unified={contrast: {weight: 0}, visual: {feature_weight: 0, class_weight: 0}, "
+             "language: {bidirectional_weight: 0, seq2seq_weight: 0}}"),
+            "every weight is 0",
+        ),
+        ((*UNIFIED, "optimizer.rule=padle"), "did you mean 'paddle'"),
+        ((*UNIFIED, "schedule.kind=padle"), "did you mean 'paddle'"),
+    ],
+)  # fmt: skip
+def test_mistakes_of_unified_recipes_are_named(recipe_file: Path, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(VlscaleError, match=message) as caught:
+        load_recipe(recipe_file, overrides)
+    assert "\n" not in str(caught.value)
+    assert "recipe: " not in str(caught.value)
+
+
+@pytest.mark.parametrize("more", [("window=true", "negatives=0"), ("weight=0", "negatives=0"), ("negatives=1",)])
+def test_a_contrast_that_can_be_learnt_loads(recipe_file: Path, more: tuple[str, ...]) -> None:
+    recipe = load_recipe(recipe_file, (*UNIFIED, *(f"objectives.unified.contrast.{each}" for each in more)))
+    assert recipe.tasks == ("unified",)
+    assert parse_recipe(resolved(recipe), "again") == recipe
+
+
 @pytest.mark.parametrize(
     "content", ["- a\n- b\n", "", "a: [1", "!!python/object:os.system {}", "a: 2020-13-45", "[" * 50_000]
 )

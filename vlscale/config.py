@@ -12,32 +12,33 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from vlscale.config_unified import UnifiedSection
-from vlscale.config_values import Beta, Bytes, Folder, Positive, Probability, Root
+from vlscale.config_uniter import ItmSection, MlmSection, MrmSection, WraSection
+from vlscale.config_values import Beta, Bytes, Folder, Positive, Root, Section
 from vlscale.config_yaml import RecipeLoader
 from vlscale.errors import VlscaleError, nearest
 
 TaskName = Literal["mlm", "mrfr", "mrc", "mrckl", "itm", "unified"]
 InitTables = Literal["exact", "grow", "reference"]
 TASKS: tuple[str, ...] = get_args(TaskName)
+MODEL_TASKS: dict[str, tuple[str, ...]] = {"uniter": TASKS[:-1], "unimo": ("unified",)}
+"""Name of a model -> the tasks that it is trained on."""
 MAX_RECIPE_BYTES = 1 << 20
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, numbers finite, and without tolerance for unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSection(Section):
     """Which model: a registered name, a preset, and fields of the model's own configuration laid over it."""
 
-    name: str = "uniter"
+    name: str = Field("uniter", description="uniter or unimo")
     preset: str | None = Field(None, description="file in vlscale/models/presets, without .yaml")
     config: dict[str, Any] = Field(default_factory=dict, description="fields of the model's configuration")
-    init_from: Path | None = Field(None, description="vlscale folder, or Hugging Face BERT folder, to start from")
+    init_from: Path | None = Field(
+        None,
+        description="what to start from: a vlscale folder, a Hugging Face BERT (uniter) or RoBERTa (unimo) folder, or "
+        "UNIMO's published variables",
+    )
     init_tables: InitTables = Field(
         "exact",
         description="grow: init_from may lack the last words and types, which start random and as type 0; "
@@ -53,6 +54,7 @@ class DatasetSection(Section):
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
     root: Root
+    kind: Literal["pairs", "texts", "images"] | None = Field(None, description="null: as its stores say; else compared")
     mix: dict[TaskName, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     repeat: Positive | None = Field(None, description="it counts with so many times its texts; mix divides among tasks")
     choose: int | None = Field(None, ge=1, description="it counts with so many texts; mix divides them among tasks")
@@ -147,56 +149,6 @@ class BatchSection(Section):
         return self
 
 
-class MlmSection(Section):
-    """Masked language modelling: 80 % [MASK], 10 % random, 10 % kept among the chosen word pieces (UNITER 3.2).
-
-    Every segment of a text (of most texts: the text) has at least one chosen word piece.
-    """
-
-    probability: Probability = 0.15
-    content_probability: Probability | None = Field(
-        None, description="for words not in function_words; default: as above"
-    )
-    function_words: tuple[str, ...] = ()
-
-    @model_validator(mode="after")
-    def _function_words_matter(self) -> MlmSection:
-        if self.function_words and self.content_probability is None:
-            raise ValueError("function_words have no effect without content_probability: set it, or drop them")
-        return self
-
-
-class MrmSection(Section):
-    """Masked region modelling (mrfr, mrc, mrckl)."""
-
-    probability: Probability = 0.15
-    background_class: int | None = Field(None, ge=0, description="class that is never a target of mrc (UNITER: 0)")
-
-
-class ItmSection(Section):
-    """Image-text matching."""
-
-    negative_probability: Probability = 0.5
-    replace: Literal["image", "text", "both"] = Field(
-        "image", description="what a negative swaps; both: a coin decides"
-    )
-
-
-class WraSection(Section):
-    """Word-region alignment by optimal transport (IPOT), inside itm."""
-
-    loss: Literal["off", "reference", "hinge"] = Field(
-        "reference", description="reference: (positives - negatives) / examples; hinge: over pairs of a group"
-    )
-    weight: float = Field(0.1, ge=0)
-    tokens: Literal["all", "words"] = Field("all", description="all, or words: without [CLS] and [SEP]")
-    margin: float = Field(0.2, ge=0, description="hinge only")
-    group: int = Field(16, ge=2, description="hinge only: positives meet the negatives of their group")
-    beta: float = Field(0.5, gt=0)
-    iterations: int = Field(50, ge=1)
-    backend: str = "auto"
-
-
 class ObjectivesSection(Section):
     """Settings of the objectives: the first five sections of UNITER's, ``unified`` of UNIMO's."""
 
@@ -213,8 +165,10 @@ class ObjectivesSection(Section):
 class OptimizerSection(Section):
     """The optimiser rule."""
 
-    rule: Literal["adamw", "reference"] = Field(
-        "adamw", description="reference: UNITER's AdamW (eps outside the bias correction, decay after the update)"
+    rule: Literal["adamw", "reference", "paddle"] = Field(
+        "adamw",
+        description="reference: UNITER's AdamW (eps outside the bias correction, decay after the update); paddle: "
+        "UNIMO's (the same eps, decay of the value before the update)",
     )
     lr: float = Field(gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.98)
@@ -222,13 +176,17 @@ class OptimizerSection(Section):
     weight_decay: float = Field(0.01, ge=0)
     decay_groups: Literal["correct", "reference"] = Field(
         "correct",
-        description="correct: no decay for gains and biases; reference: by UNITER's names",
+        description="correct: no decay for gains and biases; reference: by published names (UNIMO's: the same)",
     )
 
 
 class ScheduleSection(Section):
     """Linear warm-up, then linear decay to zero, over optimiser steps that were taken."""
 
+    kind: Literal["linear", "paddle"] = Field(
+        "linear",
+        description="paddle: UNIMO's, from 0; its way down counts from step 0, so the rate drops as the warm-up ends",
+    )
     warmup_steps: int = Field(ge=0)
     total_steps: int = Field(ge=1)
 
@@ -278,6 +236,30 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
+
+    @model_validator(mode="after")
+    def _model_fits_tasks(self) -> Recipe:
+        name = self.model.name
+        known = MODEL_TASKS.get(name, TASKS)
+        for task in self.tasks:
+            if task not in known:
+                other = next(each for each, tasks in MODEL_TASKS.items() if task in tasks)
+                raise ValueError(
+                    f"model.name {name} does not train task {task} (it trains {', '.join(known)}): set model.name to "
+                    f"{other}, or mend data.datasets[].mix"
+                )
+        if "unified" not in self.tasks:
+            return self
+        if self.batch.mode != "packed":
+            raise ValueError(f"batch.mode {self.batch.mode} does not go with task unified: set it to packed")
+        self.objectives.unified.check_learnable()
+        contrast = self.objectives.unified.contrast
+        if contrast.window and contrast.weight and self.loss_normalization == "reference":
+            raise ValueError(
+                "loss_normalization reference does not go with objectives.unified.contrast.window, whose gradient is "
+                "that of the whole step's mean: set it to exact, or window to false"
+            )
+        return self
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -355,7 +337,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 def _first_problem(error: ValidationError) -> str:
     """One line for the first problem: where, what was found, and the nearest known key for an unknown one."""
     problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"]) or "recipe"
+    where = ".".join(str(part) for part in problem["loc"])
     more = f" (and {error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
     if problem["type"] == "extra_forbidden":
         known = _known_keys(problem["loc"][:-1])
@@ -365,7 +347,8 @@ def _first_problem(error: ValidationError) -> str:
         return f"{where.removesuffix('.[key]')}: {problem['msg']}, found {problem['input']!r}{hint}{more}"
     found = problem.get("input")
     shown = "" if isinstance(found, (dict, BaseModel)) or problem["type"] == "missing" else f", found {found!r}"
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')}{shown}{more}"
+    prefix = f"{where}: " if where else ""
+    return f"{prefix}{problem['msg'].removeprefix('Value error, ')}{shown}{more}"
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:

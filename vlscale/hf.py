@@ -18,7 +18,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoToken
 from typing_extensions import Self
 
 from vlscale.errors import VlscaleError
+from vlscale.models.base import PretrainingModel
 from vlscale.models.folder import MODEL_TYPE
+from vlscale.models.unimo import UnimoConfig, UnimoForPretraining
 from vlscale.models.uniter import UniterForPretraining
 
 _HUB = ("revision", "cache_dir", "local_files_only", "token", "force_download")
@@ -30,20 +32,36 @@ class UniterAutoConfig(PretrainedConfig):
     model_type = MODEL_TYPE
 
 
-class UniterAutoModel(UniterForPretraining):
-    """:class:`~vlscale.models.uniter.UniterForPretraining`, called the way ``AutoModel`` calls its models."""
+class UnimoAutoConfig(PretrainedConfig):
+    """The same for UNIMO."""
 
-    config_class = UniterAutoConfig
+    model_type = UnimoConfig.model_type
+
+
+class _FromAuto(PretrainingModel):
+    """Called the way ``AutoModel`` calls its models."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> Self:
         """Load a folder or hub repository; of transformers' arguments those about the hub are used.
 
         Raises:
-            VlscaleError: see :meth:`vlscale.models.uniter.UniterForPretraining.from_pretrained`.
+            VlscaleError: see :meth:`vlscale.models.base.PretrainingModel.from_pretrained`.
         """
         hub = {key: value for key, value in arguments.items() if key in _HUB and value is not None}
         return super().from_pretrained(pretrained_model_name_or_path, **hub)
+
+
+class UniterAutoModel(_FromAuto, UniterForPretraining):
+    """:class:`~vlscale.models.uniter.UniterForPretraining` for ``AutoModel``."""
+
+    config_class = UniterAutoConfig
+
+
+class UnimoAutoModel(_FromAuto, UnimoForPretraining):
+    """:class:`~vlscale.models.unimo.UnimoForPretraining` for ``AutoModel``."""
+
+    config_class = UnimoAutoConfig
 
 
 def load_seq2seq(folder: Path) -> tuple[Any, Any]:
@@ -67,3 +85,5 @@ def load_seq2seq(folder: Path) -> tuple[Any, Any]:
 
 AutoConfig.register(MODEL_TYPE, UniterAutoConfig, exist_ok=True)
 AutoModel.register(UniterAutoConfig, UniterAutoModel, exist_ok=True)
+AutoConfig.register(UnimoConfig.model_type, UnimoAutoConfig, exist_ok=True)
+AutoModel.register(UnimoAutoConfig, UnimoAutoModel, exist_ok=True)

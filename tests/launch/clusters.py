@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from vlscale.config import Recipe, load_recipe
 from vlscale.data.lengths import DatasetLengths
+from vlscale.plan.assumed import ASSUMED_TEXTS
 from vlscale.plan.gpus import load_gpu
 from vlscale.plan.memory import GIB, Zero
 from vlscale.plan.predict import Job, Prediction, predict
-from vlscale.plan.workload import ASSUMED_TEXTS, Planner, Source, read_source
+from vlscale.plan.workload import Planner, Source, read_source
 from vlscale.train.ds_config import read_ds_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +65,9 @@ CLUSTERS = (
     Cluster("a100-80", 1, 8, "a100_h100", "8 A100-40, A100-80, H100 (1x8)"),
     Cluster("h100", 1, 8, "a100_h100", "8 A100-40, A100-80, H100 (1x8)"),
 )
-NAMES = tuple(f"uniter_{size}{variant}" for size in SIZES for variant in VARIANTS)
+UNITERS = tuple(f"uniter_{size}{variant}" for size in SIZES for variant in VARIANTS)
+UNIMOS = tuple(f"unimo_{size}" for size in SIZES)
+NAMES = (*UNITERS, *UNIMOS)
 
 
 def ds_config_of(name: str, cluster: Cluster) -> Path:
@@ -137,12 +140,20 @@ def straggler_of(made: Prediction) -> float:
     return made.workload.straggler_micro if made.job.zero.stage >= 2 else made.workload.straggler_step
 
 
-def rows_of(size: str) -> list[str]:
-    """All rows of a model size, in the README's order."""
-    names = [name for name in NAMES if name.split("_")[1] == size]
+def model_of(name: str) -> str:
+    """Model and size of a recipe: ``uniter_base``, ``unimo_large`` and the like."""
+    return "_".join(name.split("_")[:2])
+
+
+MODELS = tuple(dict.fromkeys(model_of(name) for name in NAMES))
+
+
+def rows_of(model: str) -> list[str]:
+    """All rows of a model and size, in the README's order."""
+    names = [name for name in NAMES if model_of(name) == model]
     return list(dict.fromkeys(row_of(name, cluster) for name in names for cluster in CLUSTERS))
 
 
 if __name__ == "__main__":
-    for every in SIZES:
+    for every in MODELS:
         print(*rows_of(every), sep="\n", end="\n\n")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlscale.config import ModelSection
+from vlscale.config import MODEL_TASKS, ModelSection
 from vlscale.errors import VlscaleError
-from vlscale.models.registry import build_model, preset_names, resolve_config, resolve_unimo_config
+from vlscale.models.registry import MODELS, build_model, expected_shapes, model_of, preset_names, resolve_config
 
 # Published totals (tied weights counted once). The published mask table has a second row, of feature width, that is
 # always zero and is not kept here.
@@ -33,10 +33,29 @@ def test_presets_have_the_published_size(preset):
 
 def test_every_preset_resolves():
     assert preset_names() == ["unimo-base", "unimo-large", "uniter-base", "uniter-large"]
-    resolvers = {"uniter": resolve_config, "unimo": resolve_unimo_config}
     for name in preset_names():
         model = name.partition("-")[0]
-        assert resolvers[model](ModelSection(name=model, preset=name)).norm == "post"
+        config = resolve_config(ModelSection(name=model, preset=name))
+        assert config.norm == "post"
+        assert type(config) is MODELS[model].config_type
+
+
+def test_models_are_those_of_recipes_and_a_configuration_makes_its_own():
+    assert [*MODELS] == [*MODEL_TASKS]
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    facts = {"vocab_size": 20, "feature_dim": 8, "num_classes": 3, "max_text_tokens": 30}
+    for name, kind in MODELS.items():
+        section = ModelSection(name=name, config=shape)
+        assert type(build_model(section, **facts)) is kind
+        assert type(model_of(resolve_config(section, **facts))) is kind
+        assert (
+            expected_shapes(resolve_config(section, **facts)).keys()
+            == build_model(section, **facts).state_dict().keys()
+        )
+        with pytest.raises(VlscaleError, match="vocab_size is 9, but the texts' vocabulary has 20"):
+            resolve_config(ModelSection(name=name, config={**shape, "vocab_size": 9}), **facts)
+        with pytest.raises(VlscaleError, match=r"max_position_embeddings"):
+            resolve_config(section, **(facts | {"max_text_tokens": 600}))
 
 
 def test_overrides_lie_over_the_preset_and_data_fill_the_rest():

@@ -18,33 +18,37 @@ import pytest
 from tests.launch.clusters import DS_CONFIGS, RECIPES, recipe_of
 from tests.multiprocess.launcher import all_well, run_many
 from tests.multiprocess.recipes import write_data
+from tests.unified_data import write_unified
 from vlscale.train.ds_config import read_ds_config
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 STEPS = 3
-SMALL = "{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 64, type_vocab_size: 4}"
+SMALL = "hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 64"
 PAIRS = {
     "uniter_base_indomain_v100": "uniter_base_indomain",
     "uniter_large_vcr_v100": "uniter_large_vcr",
     "uniter_base_vcr_a100_h100": "uniter_base_vcr",
     "uniter_large_a100_h100": "uniter_large",
+    "unimo_base_v100": "unimo_base",
+    "unimo_large_a100_h100": "unimo_large",
 }
 """DeepSpeed JSON -> recipe."""
 
 
 def overrides(name: str, root: Path) -> list[str]:
     """What the machine and the data decide."""
-    data = recipe_of(name).data
+    data, unimo = recipe_of(name).data, name.startswith("unimo")
+    roots = [root / (dataset.kind or "train") for dataset in data.datasets]
     settings = {
         "model.preset": "null",
         "model.init_from": "null",
-        "model.config": SMALL,
-        **{f"data.datasets.{number}.root": root / "train" for number in range(len(data.datasets))},
+        "model.config": f"{{{SMALL}{'' if unimo else ', type_vocab_size: 4'}}}",
+        **{f"data.datasets.{number}.root": folder for number, folder in enumerate(roots)},
         "data.validation": "[]",
         "data.workers": 0,
-        "batch.global_batch_tokens": 900,
-        "batch.micro_batch_tokens": 320,
+        "batch.global_batch_tokens": 3600 if unimo else 900,
+        "batch.micro_batch_tokens": 1200 if unimo else 320,
         "schedule.warmup_steps": 1,
         "schedule.total_steps": STEPS,
         "logging.tensorboard": "false",
@@ -58,6 +62,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the pairs in one group of processes."""
     root = tmp_path_factory.mktemp("shipped")
     write_data(root)
+    write_unified(root)
     lines = []
     for stem, name in PAIRS.items():
         files = ["--ds_config", str(DS_CONFIGS / f"{stem}.json"), "--recipe", str(RECIPES / f"{name}.yaml")]

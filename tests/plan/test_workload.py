@@ -16,8 +16,9 @@ from vlscale.data.deal import accumulation
 from vlscale.data.source import Step
 from vlscale.errors import VlscaleError
 from vlscale.models.uniter import UniterConfig, UniterForPretraining
-from vlscale.plan.workload import Planner, Source, assumed_lengths, encoder_flops, read_source, shape_of
-from vlscale.train.metrics import model_flops
+from vlscale.plan.assumed import assumed_lengths
+from vlscale.plan.workload import Planner, Source, encoder_flops, read_source, shape_of
+from vlscale.train.flops import model_flops
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,7 +13,8 @@ from tests.train.test_checkpoint import Alone
 from vlscale.models.uniter import UniterConfig, UniterForPretraining
 from vlscale.objectives import Term
 from vlscale.train.engine import StepReport
-from vlscale.train.metrics import Interval, MetricsWriter, TermSums, model_flops, peak_flops
+from vlscale.train.flops import model_flops
+from vlscale.train.metrics import Interval, MetricsWriter, TermSums, peak_flops
 
 
 def term(total: float, count: str = "n", weight: float = 1.0) -> Term:

@@ -8,10 +8,14 @@ import torch
 from torch import nn
 
 from tests.golden_batches import load_golden
+from tests.models.unimo_batches import tiny_unimo
 from vlscale.config import OptimizerSection
+from vlscale.convert.unimo_model import export_plans
 from vlscale.convert.uniter import to_official
 from vlscale.models.uniter import UniterConfig, UniterForPretraining
-from vlscale.train.optim import ReferenceAdamW, build_optimizer, build_param_groups
+from vlscale.train.adamw import ReferenceAdamW
+from vlscale.train.optim import build_optimizer, build_param_groups
+from vlscale.train.paddle import PaddleAdamW
 
 
 def tiny_model(**config) -> UniterForPretraining:
@@ -69,7 +73,10 @@ def test_frozen_parameters_and_empty_groups_are_left_out():
     assert group["names"] == ["weight"]
 
 
-@pytest.mark.parametrize(("rule", "kind"), [("adamw", torch.optim.AdamW), ("reference", ReferenceAdamW)])
+@pytest.mark.parametrize(
+    ("rule", "kind"),
+    [("adamw", torch.optim.AdamW), ("reference", ReferenceAdamW), ("paddle", PaddleAdamW)],
+)
 def test_build_optimizer(rule, kind):
     section = OptimizerSection(rule=rule, lr=0.1, betas=(0.8, 0.9), eps=1e-7, weight_decay=0.03)
     optimizer = build_optimizer(build_param_groups(tiny_model(), "correct"), section)
@@ -77,6 +84,18 @@ def test_build_optimizer(rule, kind):
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.03, 0.0]
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (0.1, (0.8, 0.9), 1e-7)
+
+
+def test_unimos_published_names_decay_what_ours_do():
+    """Excluded there: names that contain layer_norm or end with _bias, _b or .b_0; its heads for regions have none."""
+    model = tiny_unimo(heads=("words", "matching", "text_pooler", "image_pooler"))
+    assert names(model, "reference") == names(model, "correct")
+    first, second = export_plans(model.state_dict())
+    ours = {step.target: step.sources[0] for step in first.steps}
+    for step in second.steps:
+        decays = not ("layer_norm" in step.target or step.target.endswith(("_bias", "_b", ".b_0")))
+        (name,) = step.sources
+        assert decays == (ours[name] in names(model, "reference")[True]), step.target
 
 
 @pytest.mark.golden

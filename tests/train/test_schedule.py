@@ -35,6 +35,12 @@ def test_edges(warmup, total):
         assert rates[warmup - 1] == 1.0
 
 
+def test_the_published_schedule_of_unimo_is_an_option():
+    section = ScheduleSection(kind="paddle", warmup_steps=4, total_steps=10)
+    rates = [learning_rate(section, 0.5, taken) for taken in range(11)]
+    assert rates == pytest.approx([0.0, 0.125, 0.25, 0.375, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0.0])
+
+
 @given(st.integers(0, 50), st.integers(1, 50), st.integers(0, 120))
 def test_never_above_the_peak_and_unimodal(warmup, more, taken):
     section = ScheduleSection(warmup_steps=warmup, total_steps=warmup + more)

@@ -10,17 +10,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlscale.convert import uniter
+from vlscale.convert.filling import Filled
 from vlscale.convert.layouts import STATE_DICT
 from vlscale.convert.mapped import DTYPES, Mapped, as_it_is
+from vlscale.convert.model_config import config_of
 from vlscale.convert.opening import Opened, open_checkpoint
 from vlscale.convert.placing import check_apart, check_target, put_in_place, workplace
 from vlscale.convert.report import Report, digests
 from vlscale.convert.source import TensorSource
-from vlscale.convert.steps import matching, problems_of
-from vlscale.convert.targets import OURS, PICKLED, TARGETS, Target
-from vlscale.convert.uniter_model import Filled, config_of
+from vlscale.convert.steps import KeyPlan, matching, problems_of
+from vlscale.convert.targets import AS_PUBLISHED, OURS, PICKLED, TARGETS, Target
+from vlscale.convert.task_heads import is_task_name
+from vlscale.convert.unimo_model import UNIMO_LAYOUTS, check_exportable, export_plans
 from vlscale.errors import VlscaleError, nearest
-from vlscale.models.uniter import UniterConfig, expected_shapes
+from vlscale.models.registry import ModelConfig, expected_shapes
+from vlscale.models.unimo_config import UnimoConfig
+from vlscale.models.uniter import UniterConfig
 
 
 @dataclass(frozen=True)
@@ -67,18 +72,20 @@ def convert(wish: Wish) -> Report:
         VlscaleError: unknown or ambiguous formats, damaged or hostile files, an existing target.
     """
     _check(wish)
-    with open_checkpoint(wish.source, wish.layout, wish.hashed, wish.to) as opened:
+    with open_checkpoint(wish.source, wish.layout, wish.hashed, wish.to, wish.to in AS_PUBLISHED) as opened:
         check_apart(wish.target, (wish.source, *opened.source.files))
         to = wish.to or _suggested(opened)
         target = _target(to, opened, wish.target)
         report = Report(str(wish.source), str(wish.target), opened.kind, opened.layout, to, wish.dtype)
         report.add_entries(opened.entries)
-        report.add_plan(opened.mapped.plan)
+        for stage in opened.stages:
+            report.add_plan(stage.plan)
         report.provenance = dict(opened.provenance)
-        report.unexpected = sorted(opened.mapped.plan.unexpected)
-        config, source = _as_model(opened, to, wish, report) if target.needs_model else (None, opened.mapped)
+        report.unexpected = opened.unexpected
+        as_model = opened.model is not None and target.models
+        config, source = _as_model(opened, to, wish, report) if as_model else (None, opened.mapped)
         _refuse(report, wish)
-        opened.mapped.check_tied()
+        opened.check_tied()
         result = Mapped(source, as_it_is(source), DTYPES.get(wish.dtype), counts=True)
         report.add_plan(result.plan)
         report.mapped = len(result.tensors)
@@ -105,22 +112,27 @@ def _suggested(opened: Opened) -> str:
 
 def _target(to: str, opened: Opened, path: Path) -> Target:
     target = TARGETS[to]
-    if target.folder and path.suffix in (*PICKLED, ".safetensors"):
+    if target.folder and path.suffix in (*PICKLED, ".pdparams", ".safetensors"):
         raise VlscaleError(f"{path}: {to} is a folder, the name is a file's; drop {path.suffix} or say another --to")
-    if target.layouts and opened.layout not in target.layouts:
-        fitting = [name for name, each in TARGETS.items() if not each.layouts or opened.layout in each.layouts]
+    if not _fits(target, opened):
+        fitting = [name for name, each in TARGETS.items() if _fits(each, opened)]
         raise VlscaleError(
             f"{opened.source.path}: {opened.layout} cannot become {to!r}; it can become {', '.join(fitting)}"
         )
     return target
 
 
-def _as_model(opened: Opened, to: str, wish: Wish, report: Report) -> tuple[UniterConfig, TensorSource]:
+def _fits(target: Target, opened: Opened) -> bool:
+    of_model = opened.model is None or not target.models or opened.model in target.models
+    return of_model and (not target.layouts or opened.layout in target.layouts)
+
+
+def _as_model(opened: Opened, to: str, wish: Wish, report: Report) -> tuple[ModelConfig, TensorSource]:
     """Check our names against the model; fill in what may be missing; go on to published names where asked for."""
     config = config_of(opened, wish.model)
     expected, found = expected_shapes(config), opened.mapped.tensors
     report.missing = [name for name in expected if name not in found]
-    surplus = [name for name in found if name not in expected and not uniter.is_task_name(name)]
+    surplus = [name for name in found if name not in expected and not is_task_name(name)]
     report.unexpected = sorted({*report.unexpected, *surplus})
     for name, info in found.items():
         if name in expected and info.shape != tuple(expected[name]):
@@ -131,12 +143,29 @@ def _as_model(opened: Opened, to: str, wish: Wish, report: Report) -> tuple[Unit
     source: TensorSource = Mapped(opened.mapped, as_it_is(opened.mapped, {*found} - {*surplus}))
     if report.missing:
         source = Filled(source, config, report.missing)
-    if to != "uniter":
-        return config, source
-    plan = uniter.export_plan(source.tensors, heads=config.heads)
-    plan.check(str(opened.source.path))
-    report.add_plan(plan)
-    return config, Mapped(source, plan)
+    for plan in _to_published(source, config, to):
+        report.unexpected = sorted({*report.unexpected, *plan.unexpected})
+        report.add_plan(plan)
+        source = Mapped(source, plan)
+    return config, source
+
+
+def _to_published(source: TensorSource, config: ModelConfig, to: str) -> tuple[KeyPlan, ...]:
+    """The key maps to published names, one after the other; none where ours are kept.
+
+    Raises:
+        VlscaleError: the published model cannot compute what this one does.
+    """
+    if to == "uniter":
+        assert isinstance(config, UniterConfig)
+        plan = uniter.export_plan(source.tensors, heads=config.heads)
+        plan.check(str(source.path))
+        return (plan,)
+    if to not in UNIMO_LAYOUTS:
+        return ()
+    assert isinstance(config, UnimoConfig)
+    check_exportable(config, UNIMO_LAYOUTS[to])
+    return export_plans(source.tensors, UNIMO_LAYOUTS[to])
 
 
 def _refuse(report: Report, wish: Wish) -> None:
@@ -155,7 +184,7 @@ def _refuse(report: Report, wish: Wish) -> None:
         raise RefusedError(f"{wish.source}: {'; '.join(problems)}; allow them with {options} PATTERN", report)
 
 
-def _write(target: Target, result: Mapped, config: UniterConfig | None, report: Report, wish: Wish) -> None:
+def _write(target: Target, result: Mapped, config: ModelConfig | None, report: Report, wish: Wish) -> None:
     """Write into a folder of its own beside the target, then put it in place."""
     try:
         with workplace(wish.target) as beside:

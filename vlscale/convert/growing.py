@@ -16,13 +16,17 @@ from torch import Tensor
 from vlscale.config import InitTables
 from vlscale.data.schema import grown_fingerprint
 from vlscale.errors import VlscaleError
+from vlscale.models.registry import ModelConfig
 from vlscale.models.uniter import UniterConfig
 
-WORDS, TYPES, BIAS, HEAD = "text_embedder.word.weight", "type_embedding.weight", "word_head.bias", "word_head."
+WORDS, BIAS, HEAD = "text_embedder.word.weight", "word_head.bias", "word_head."
+TYPES = ("type_embedding.weight", "text_embedder.types.weight")
+"""Of a UNITER and of a UNIMO; a UNIMO may have none."""
 _SIZES = {"vocab_size": "word", "type_vocab_size": "type"}
+_WHOLE = ("images", "role_vocab_size", "turn_vocab_size")
 
 
-def check_tables(path: Path, saved: UniterConfig, config: UniterConfig, tables: InitTables) -> None:
+def check_tables(path: Path, saved: ModelConfig, config: ModelConfig, tables: InitTables) -> None:
     """Compare the tables of a folder with those of the model, before any weight is read.
 
     Args:
@@ -58,13 +62,17 @@ def check_tables(path: Path, saved: UniterConfig, config: UniterConfig, tables: 
     )
 
 
-def old_sizes(saved: UniterConfig, config: UniterConfig) -> UniterConfig:
-    """Return the model's configuration with the heads and the table sizes of the folder, which its weights must fit."""
-    return config.model_copy(update={key: getattr(saved, key) for key in ("heads", *_SIZES)})
+def old_sizes(saved: ModelConfig, config: ModelConfig) -> ModelConfig:
+    """Return the model's configuration with the heads and the table sizes of the folder, which its weights must fit.
+
+    A folder of a UNIMO may also lack images, roles and turns.
+    """
+    keys = ("heads", *_SIZES) if isinstance(config, UniterConfig) else ("heads", *_SIZES, *_WHOLE)
+    return config.model_copy(update={key: getattr(saved, key) for key in keys})
 
 
 def grow_tables(
-    state: dict[str, Tensor], saved: UniterConfig, config: UniterConfig, tables: InitTables
+    state: dict[str, Tensor], saved: ModelConfig, config: ModelConfig, tables: InitTables
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """Return the state with tables as long as the model's, and what was done, in words.
 
@@ -72,8 +80,9 @@ def grow_tables(
     """
     words, types = config.vocab_size - saved.vocab_size, config.type_vocab_size - saved.type_vocab_size
     done: list[str] = []
-    if types:
-        state = state | {TYPES: torch.cat([state[TYPES], state[TYPES][:1].expand(types, -1)])}
+    table = next((name for name in TYPES if name in state), None)
+    if types and table is not None:
+        state = state | {table: torch.cat([state[table], state[table][:1].expand(types, -1)])}
         done.append(f"{types} types added, as type 0")
     if not words:
         return state, tuple(done)

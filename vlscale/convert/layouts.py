@@ -1,7 +1,7 @@
 """What the names in a checkpoint say about where it comes from, and how old spellings of a name are read.
 
-A layout is recognised by names that only it has. Those without a model in vlscale yet (ViLBERT, UniT, UNIMO) are still
-read, cleaned of prefixes and buffers, compared and written under their published names.
+A layout is recognised by names that only it has. Those without a model in vlscale yet (ViLBERT, UniT) are still read,
+cleaned of prefixes and buffers, compared and written under their published names.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NORMS = ((r"(LayerNorm\d?)\.gamma$", r"\1.weight"), (r"(LayerNorm\d?)\.beta$", 
 _INDEX_BUFFERS = ((r"(.*\.)?position_ids$", "an index buffer of older versions of transformers"),)
 
 LAYOUTS: dict[str, Layout] = {
-    "vlscale": Layout("vlscale's own names", (r"text_embedder\.word\.weight$", r"image_embedder\.")),
+    "vlscale": Layout("vlscale's own names", (r"text_embedder\.word\.weight$", r"(image_embedder|encoder)\.")),
     "uniter": Layout("UNITER, as published", (r"uniter\.embeddings\.word_embeddings\.weight$",)),
     "vilbert": Layout(
         "ViLBERT: beta, multi-task (12-in-1) and MMF", (r"bert\.encoder\.c_layer\.0\.", r"bert\.v_embeddings\."),
@@ -105,7 +105,7 @@ def backbone_plan(source: TensorSource, layout: str) -> KeyPlan:
 
 
 def plan_of(source: TensorSource, layout: str) -> KeyPlan:
-    """Lay out what becomes of each tensor: vlscale's names where it has the model, else today's published ones.
+    """Lay out what becomes of each tensor: a UNITER's get vlscale's names, all others today's published ones.
 
     Raises:
         VlscaleError: two spellings of one name, or see :func:`vlscale.convert.uniter.import_plan`.

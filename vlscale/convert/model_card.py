@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vlscale.convert.report import Report
-from vlscale.models.uniter import UniterConfig
+from vlscale.models.registry import ModelConfig
+from vlscale.models.unimo_config import UnimoConfig
 
 _MOST = 120
 """Characters of a value."""
@@ -24,13 +25,13 @@ _CARD = """\
 library_name: vlscale
 license: {licence}
 tags:
-- uniter
+- {tag}
 - vision-language
 ---
 
 # {title}
 
-UNITER ({layers} layers, {hidden} wide, {vocabulary} word pieces, region features {features} wide), converted with
+{model} ({layers} layers, {hidden} wide, {vocabulary} word pieces, region features {features} wide), converted with
 vlscale from `{source}` ({kind}, {layout}). Pre-training heads: {heads}.
 
 ```python
@@ -48,7 +49,7 @@ The licence of the weights is that of their source: {licence_note}
 """
 
 
-def model_card(config: UniterConfig, report: Report) -> str:
+def model_card(config: ModelConfig, report: Report) -> str:
     """Return the text of ``README.md``: what the model is, how it is loaded, provenance and licence.
 
     A licence that is no identifier of the usual form (``apache-2.0``) counts as unknown.
@@ -63,7 +64,10 @@ def model_card(config: UniterConfig, report: Report) -> str:
         for file, (size, digest) in report.source_files.items()
     ]
     told = [f"- {plain(what)}: `{plain(value)}`" for what, value in _told(report.provenance)]
+    model = "UNIMO" if isinstance(config, UnimoConfig) else "UNITER"
     return _CARD.format(
+        model=model,
+        tag=model.lower(),
         licence=key if _BARE.fullmatch(key) else f'"{key}"',
         licence_note=f"`{licence}`." if licence else "the source does not name it; look it up and state it above.",
         title=f"`{name}`" if re.search(r"[^\w .+-]", name) else name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from vlscale.convert.layouts import BACKBONES, backbone_plan, layout_of, plan_of
 from vlscale.convert.mapped import Mapped, Merged, as_it_is
 from vlscale.convert.source import TensorSource
 from vlscale.convert.steps import KeyPlan, Step
+from vlscale.convert.task_heads import is_task_name
 from vlscale.convert.text_encoders import text_weights
-from vlscale.convert.uniter import is_task_name
+from vlscale.convert.unimo_model import UNIMO_LAYOUTS, import_plans
 from vlscale.errors import VlscaleError
 from vlscale.models.folder import CONFIG_FILE, MODEL_TYPE, PROVENANCE_FILE, TASK_HEAD_FILE, read_json
+from vlscale.models.unimo_config import UnimoConfig
 from vlscale.untrusted import shown
 
 READERS: dict[str, Any] = {
@@ -41,7 +43,9 @@ class Opened:
         kind: of the files, of :data:`READERS`.
         layout: of the names, of :data:`vlscale.convert.layouts.LAYOUTS`, ``bert``, ``roberta`` or ``state-dict``.
         source: the files.
-        mapped: the tensors, renamed.
+        stages: the tensors, renamed in so many key maps, each of the names of the one before.
+        model: ``uniter`` or ``unimo``, where the names are now those of this library's model; None where they are
+            published ones.
         config: what the checkpoint says of its model, raw, or None.
         digests: file -> sha256, where they were compared with the checkpoint's own list already.
         entries: where the files' names had to be changed before the key map: name -> (stored names, operation).
@@ -51,11 +55,27 @@ class Opened:
     kind: str
     layout: str
     source: TensorSource
-    mapped: Mapped
+    stages: tuple[Mapped, ...]
+    model: str | None
     config: dict[str, Any] | None
     digests: Mapping[Path, str]
     provenance: Mapping[str, Any]
     entries: Mapping[str, tuple[Sequence[str], str]] = field(default_factory=dict)
+
+    @property
+    def mapped(self) -> Mapped:
+        """The tensors under their last names."""
+        return self.stages[-1]
+
+    @property
+    def unexpected(self) -> list[str]:
+        """Names that a key map does not know."""
+        return sorted(name for stage in self.stages for name in stage.plan.unexpected)
+
+    def check_tied(self) -> None:
+        """See :meth:`~vlscale.convert.mapped.Mapped.check_tied`, of every key map."""
+        for stage in self.stages:
+            stage.check_tied()
 
     def __enter__(self) -> Opened:
         return self
@@ -84,7 +104,9 @@ def kind_of(path: Path) -> str:
     return found[0]
 
 
-def open_checkpoint(path: Path, layout: str | None = None, hashed: bool = True, to: str | None = None) -> Opened:
+def open_checkpoint(
+    path: Path, layout: str | None = None, hashed: bool = True, to: str | None = None, published: bool = False
+) -> Opened:
     """Open a checkpoint; names and shapes are read, no tensor yet.
 
     Args:
@@ -93,6 +115,7 @@ def open_checkpoint(path: Path, layout: str | None = None, hashed: bool = True, 
         to: what it shall become: a BERT is laid out for the model that it starts, of :data:`STARTED`, else for UNITER,
             and a detector's backbone for UniT.
         hashed: compare the files of a training checkpoint with its manifest's hashes, not their sizes alone.
+        published: leave UNIMO's published names and shapes as they are.
 
     Raises:
         VlscaleError: see :func:`kind_of`; damaged or hostile files; a layout that the content does not bear out.
@@ -103,13 +126,13 @@ def open_checkpoint(path: Path, layout: str | None = None, hashed: bool = True, 
     try:
         if not source.tensors:
             raise VlscaleError(f"{path}: holds no tensors; give a checkpoint")
-        return _opened(kind, source, layout, to)
+        return _opened(kind, source, layout, to, published)
     except BaseException:
         source.__exit__()
         raise
 
 
-def _opened(kind: str, source: TensorSource, layout: str | None, to: str | None) -> Opened:
+def _opened(kind: str, source: TensorSource, layout: str | None, to: str | None, published: bool) -> Opened:
     if isinstance(source, huggingface.HuggingFaceSource):
         return _text_encoder(source, layout, to if to in STARTED else "uniter")
     config: dict[str, Any] | None = None
@@ -130,7 +153,30 @@ def _opened(kind: str, source: TensorSource, layout: str | None, to: str | None)
             told = {key: raw[key] for key in (*_TOLD, "licence", "vocabulary") if key in raw} | {"before": raw}
     found = layout_of(source.tensors, str(source.path), layout)
     plan = backbone_plan(source, found) if to == "unit" and found in BACKBONES else plan_of(source, found)
-    return Opened(kind, found, source, Mapped(source, plan), config, digests, told, entries)
+    stages: tuple[Mapped, ...] = (Mapped(source, plan),)
+    if found in UNIMO_LAYOUTS and not published:
+        stages = (*stages, *_as_unimo(stages[0], found))
+    model = _model_of(found, stages[-1].tensors, config) if not (found in UNIMO_LAYOUTS and published) else None
+    return Opened(kind, found, source, stages, model, config, digests, told, entries)
+
+
+def _as_unimo(source: TensorSource, layout: str) -> tuple[Mapped, Mapped]:
+    """Published names, cleaned, as this library's: renamed and transposed first, query, key and value joined then."""
+    first, second = import_plans(source.tensors, UNIMO_LAYOUTS[layout], tasks=True)
+    renamed = Mapped(source, first)
+    return renamed, Mapped(renamed, second)
+
+
+def _model_of(layout: str, names: Iterable[str], config: Mapping[str, Any] | None) -> str | None:
+    """Which model the names are of, if they are this library's."""
+    if layout in UNIMO_LAYOUTS:
+        return "unimo"
+    if layout != "vlscale":
+        return "uniter" if layout == "uniter" else None
+    told = (config or {}).get("model_type")
+    if told is None:  # weights alone; every UNITER has types, in a table of its own
+        return "uniter" if "type_embedding.weight" in names else "unimo"
+    return "unimo" if told == UnimoConfig.model_type else "uniter"
 
 
 def _text_encoder(source: huggingface.HuggingFaceSource, layout: str | None, model: str) -> Opened:
@@ -148,13 +194,14 @@ def _text_encoder(source: huggingface.HuggingFaceSource, layout: str | None, mod
     mapped = Mapped(named, plan)
     told = {key: source.extra[key] for key in ("licence", "vocabulary")}
     entries = {name: (entry.sources, entry.operation) for name, entry in weights.entries.items()}
-    return Opened("hugging-face", kind, source, mapped, dict(source.extra["config"]), {}, told, entries)
+    of = "uniter" if model == "uniter" else None
+    return Opened("hugging-face", kind, source, (mapped,), of, dict(source.extra["config"]), {}, told, entries)
 
 
 def _vlscale_folder(source: TensorSource) -> tuple[TensorSource, dict[str, Any] | None]:
     config = source.path / CONFIG_FILE
     raw = read_json(config) if config.is_file() else {}
-    if raw.get("model_type") != MODEL_TYPE:
+    if raw.get("model_type") not in (MODEL_TYPE, UnimoConfig.model_type):
         return source, None
     head = source.path / TASK_HEAD_FILE
     if not head.is_file():

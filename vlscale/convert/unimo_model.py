@@ -10,11 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 from vlscale.convert.steps import THIRDS, KeyPlan, Step
+from vlscale.convert.task_heads import TASK_HEAD, TASK_NAMES, is_task_name
 from vlscale.errors import VlscaleError
 from vlscale.models.folder import parse_config
 from vlscale.models.unimo_config import UNIMO_HEADS, UnimoConfig, UnimoHead
@@ -116,33 +117,40 @@ _LAYOUTS: dict[UnimoLayout, _Names] = {
         (("lm_head.decoder_weight", "embeddings.word_embeddings.weight"),),
     ),
 }  # fmt: skip
-_TASK_HEAD = "cls_out_"
-"""UNIMO's task heads: ``cls_out_3_w`` and the like."""
 _OPTIONAL = ("text_embedder.roles.", "text_embedder.turns.", "image_embedder.")
+UNIMO_LAYOUTS: dict[str, UnimoLayout] = {layout: layout for layout in get_args(UnimoLayout)}
+"""The layouts whose names this module knows."""
 _HEAD_PARTS: dict[str, UnimoHead] = {
     "word_head.": "words",
     "match_head.": "matching",
     "text_pooler.": "text_pooler",
     "image_pooler.": "image_pooler",
+    "feature_head.": "features",
+    "region_classifier.": "classes",
 }
 
 
-def import_plans(names: Iterable[str], layout: UnimoLayout = "unimo", partial: bool = False) -> tuple[KeyPlan, KeyPlan]:
+def import_plans(
+    names: Iterable[str], layout: UnimoLayout = "unimo", partial: bool = False, tasks: bool = False
+) -> tuple[KeyPlan, KeyPlan]:
     """Map a published checkpoint's names to ours, in two plans that run one after the other.
 
-    Heads, the image side, roles and turns may be absent as a whole. Task heads are ignored.
+    Heads, the image side, roles and turns may be absent as a whole.
 
     Args:
         names: of the checkpoint.
         layout: whose names they are.
         partial: nothing is reported missing (gradients). A fused projection still needs query, key and value.
+        tasks: heads that fine-tuning added are kept, after :data:`~vlscale.convert.task_heads.TASK_HEAD`; else they
+            are ignored.
 
     Raises:
         VlscaleError: part of a fused projection is missing.
     """
     known = _LAYOUTS[layout]
     given = {name.removeprefix(known.prefix): name for name in names}
-    ignored = {name: "a task's head" for name in given.values() if name.startswith(_TASK_HEAD)}
+    of_tasks = [name for name in given.values() if name.startswith(TASK_NAMES["unimo"])]
+    ignored = {} if tasks else {name: "a task's head" for name in of_tasks}
     tied = {given[second]: given[first] for second, first in known.tied if second in given and first in given}
     rules = _rules(known, _layer_count(given, known.layer))
     steps = [
@@ -151,13 +159,14 @@ def import_plans(names: Iterable[str], layout: UnimoLayout = "unimo", partial: b
         if rule.theirs in given
     ]
     made = [step.target for step in steps]
+    steps += [Step(TASK_HEAD + name, (name,)) for name in of_tasks if tasks]
     missing = [rule.theirs for rule in rules if rule.theirs not in given and _expected(rule.ours, made)]
     read = {rule.theirs for rule in rules} | {second for second, _ in known.tied}
-    unexpected = [name for short, name in given.items() if short not in read and name not in ignored]
+    unexpected = [name for short, name in given.items() if short not in read and name not in of_tasks]
     first = KeyPlan(
         tuple(steps), tied, ignored=ignored, missing=() if partial else tuple(missing), unexpected=tuple(unexpected)
     )
-    return first, _joining(made)
+    return first, _joining([step.target for step in steps])
 
 
 def export_plans(names: Iterable[str], layout: UnimoLayout = "unimo") -> tuple[KeyPlan, KeyPlan]:
@@ -176,18 +185,37 @@ def export_plans(names: Iterable[str], layout: UnimoLayout = "unimo") -> tuple[K
             thirds = zip(_PARTS, THIRDS, strict=True)
             cut += [Step(f"{fused[1]}{part}{fused[2]}", (name,), third) for part, third in thirds]
     theirs = {rule.ours: rule for rule in _rules(known, _layer_count(given, r"encoder\.layers\.(\d+)\."))}
-    kept = [step for step in cut if step.target in theirs]
-    unexpected = tuple(step.sources[0] for step in cut if step.target not in theirs)
+    known_names = {*theirs, *(name for name in given if is_task_name(name))}
+    kept = [step for step in cut if step.target in known_names]
+    unexpected = tuple(step.sources[0] for step in cut if step.target not in known_names)
+    with_words = any(name.startswith("word_head.") for name in given)
+    inner = known.prefix if with_words else ""  # PaddleNLP's bare models have no prefix
     steps = []
     for step in kept:
-        rule = theirs[step.target]
-        prefix = "" if rule.theirs.startswith("lm_head.") else known.prefix
+        rule = theirs.get(step.target, _Rule(step.target.removeprefix(TASK_HEAD), step.target))
+        prefix = "" if rule.theirs.startswith("lm_head.") else inner
         steps.append(Step(prefix + rule.theirs, (step.target,), "transpose" if rule.transposed else "copy"))
     made = {step.target for step in steps}
-    with_words = any(name.startswith("word_head.") for name in given)
-    tied = {second: known.prefix + first for second, first in known.tied}
+    tied = {second: inner + first for second, first in known.tied}
     copies = {second: first for second, first in tied.items() if with_words and first in made}
     return KeyPlan(tuple(kept), unexpected=unexpected), KeyPlan(tuple(steps), copies=copies)
+
+
+def check_exportable(config: UnimoConfig, layout: UnimoLayout) -> None:
+    """Look whether the published model of a layout computes what ours does.
+
+    Raises:
+        VlscaleError: it does not; what differs is named.
+    """
+    first = {"unimo": 2, "unimo-text": 0}[layout]
+    differs = {
+        f"norm: {config.norm}": config.norm != "post",
+        f"first_position: {config.first_position}": config.first_position != first,
+        "images: true": layout == "unimo-text" and config.images,
+    }
+    for what, found in differs.items():
+        if found:
+            raise VlscaleError(f"the model has {what}, which {layout} has not; --to state-dict keeps its names")
 
 
 def from_official(
@@ -230,7 +258,7 @@ def config_from_official(raw: Mapping[str, Any], names: Iterable[str], **more: A
     settings = {
         "intermediate_size": 4 * sizes["hidden_size"],  # hard-wired there
         "images": any(name.startswith("image_embedder.") for name in made),
-        "heads": _heads(made),
+        "heads": heads_of(made),
         **sizes,
         **more,
     }
@@ -242,7 +270,7 @@ def config_from_paddlenlp(raw: Mapping[str, Any], names: Iterable[str], **more: 
     if raw.get("normalize_before"):
         raise VlscaleError("PaddleNLP configuration: normalize_before is true, only false is supported")
     made = {step.target for step in import_plans(names, "unimo-text")[0].steps}
-    settings = {"first_position": 0, "images": False, "heads": _heads(made)}
+    settings = {"first_position": 0, "images": False, "heads": heads_of(made)}
     sizes = _settings(raw, _PADDLENLP_KEYS, "PaddleNLP configuration")
     return parse_config(UnimoConfig, {**settings, **sizes, **more}, "PaddleNLP configuration")
 
@@ -277,8 +305,9 @@ def _settings(raw: Mapping[str, Any], keys: Mapping[str, str], origin: str) -> d
     return {ours: raw[theirs] for theirs, ours in {**keys, **_OPTIONAL_KEYS}.items() if theirs in raw}
 
 
-def _heads(made: Iterable[str]) -> list[UnimoHead]:
-    names = [*made]
+def heads_of(names: Iterable[str]) -> list[UnimoHead]:
+    """Return the heads that our names are of."""
+    names = [*names]
     found = {head for prefix, head in _HEAD_PARTS.items() if any(name.startswith(prefix) for name in names)}
     return [head for head in UNIMO_HEADS if head in found]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlscale.convert.steps import THIRDS, KeyPlan, Step, modern
+from vlscale.convert.task_heads import TASK_HEAD, TASK_NAMES, is_task_name
 from vlscale.errors import VlscaleError
 from vlscale.models.folder import parse_config
 from vlscale.models.uniter import HEADS, UniterConfig
@@ -61,11 +62,6 @@ ORIGIN = "UNITER checkpoint"
 _HEAD_PREFIXES = dict(
     zip(HEADS, ("cls.predictions.", "feat_regress.", "region_classifier.", "itm_output."), strict=True)
 )
-TASK_HEAD = "task_head."
-TASK_NAMES = (
-    "vqa_output.", "vcr_output.", "nlvr2_output.", "re_output.", "rank_output.", "attn1.", "attn2.", "fc.", "attn_pool."
-)  # fmt: skip
-"""Names of fine-tuned models begin with these."""
 PUBLISHED_WIDTHS = (768, 1024)
 _SHAPE_KEYS = (
     "vocab_size",
@@ -92,7 +88,7 @@ def import_plan(names: Iterable[str], heads: Iterable[str] | None = HEADS, parti
     Args:
         names: of the checkpoint.
         heads: pre-training heads that must be there, of :data:`HEADS`. None for those that are; what fine-tuning added
-            is then kept too, under its own names after :data:`TASK_HEAD`.
+            is then kept too, under its own names after :data:`~vlscale.convert.task_heads.TASK_HEAD`.
         partial: nothing is reported missing (gradients of one task, a text encoder). A fused projection still needs
             its query, key and value.
 
@@ -121,7 +117,7 @@ def import_plan(names: Iterable[str], heads: Iterable[str] | None = HEADS, parti
             raise VlscaleError(f"{ORIGIN}: {ours} needs all of {', '.join(theirs)}")
     if _MASK[0] in given:
         steps.append(Step(_MASK[1], (given[_MASK[0]],), "second row"))
-    task = [name for name in given if name.startswith(TASK_NAMES)] if heads is None else []
+    task = [name for name in given if name.startswith(TASK_NAMES["uniter"])] if heads is None else []
     steps += [Step(TASK_HEAD + name, (given[name],)) for name in task]
     known = {*same, *chain(*fused.values()), _MASK[0], *TIED, *task}
     return KeyPlan(
@@ -136,7 +132,7 @@ def export_plan(names: Iterable[str], heads: Iterable[str] | None = HEADS, parti
     """Map our names to the published ones: undoes :func:`import_plan`.
 
     Args:
-        names: of our state dict; task heads after :data:`TASK_HEAD`.
+        names: of our state dict; task heads after :data:`~vlscale.convert.task_heads.TASK_HEAD`.
         heads, partial: as there.
 
     Raises:
@@ -166,11 +162,6 @@ def export_plan(names: Iterable[str], heads: Iterable[str] | None = HEADS, parti
         missing=() if partial else tuple(sorted(expected - given)),
         unexpected=tuple(sorted(given - known)),
     )
-
-
-def is_task_name(name: str) -> bool:
-    """Whether one of our names is of what fine-tuning added."""
-    return name.startswith(TASK_HEAD) and name.removeprefix(TASK_HEAD).startswith(TASK_NAMES)
 
 
 def head_of(name: str) -> str | None:

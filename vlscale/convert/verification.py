@@ -14,7 +14,7 @@ from vlscale.convert.layouts import STATE_DICT
 from vlscale.convert.opening import Opened, open_checkpoint
 from vlscale.convert.source import TensorSource
 from vlscale.convert.steps import matching
-from vlscale.convert.targets import OURS, TARGETS
+from vlscale.convert.targets import TARGETS
 from vlscale.errors import VlscaleError, nearest
 
 _SHOWN = 8
@@ -77,10 +77,10 @@ def verify(
     """
     if to is not None and to not in TARGETS:
         raise VlscaleError(f"--to {to!r} is unknown{nearest(to, TARGETS)} (known: {', '.join(TARGETS)})")
-    with open_checkpoint(target) as ours, open_checkpoint(source, layout, to=to) as theirs:
+    with open_checkpoint(source, layout, to=to) as theirs, _opened_as(target, theirs) as ours:
         _check_families(ours, theirs, to)
-        ours.mapped.check_tied()
-        theirs.mapped.check_tied()
+        ours.check_tied()
+        theirs.check_tied()
         left, right = ours.mapped, theirs.mapped
         common = [name for name in right.tensors if name in left.tensors]
         different = {name: what for name in common if (what := _difference(left.read(name), right.read(name)))}
@@ -95,10 +95,14 @@ def verify(
         )
 
 
+def _opened_as(target: Path, source: Opened) -> Opened:
+    """Open the target; under published names where the source could only begin it, so that both have the same."""
+    return open_checkpoint(target, published=source.model is None)
+
+
 def _check_families(ours: Opened, theirs: Opened, to: str | None) -> None:
     """Names of one family; or what a source began, which has too few of them to be recognised."""
-    both = {ours.layout, theirs.layout}
-    if len(both) == 1 or both <= {*OURS}:
+    if ours.layout == theirs.layout or (ours.model is not None and ours.model == theirs.model):
         return
     begun = to is not None and ours.layout in (to, STATE_DICT)
     if not begun or ours.mapped.tensors.keys().isdisjoint(theirs.mapped.tensors):

@@ -13,6 +13,7 @@ from typing_extensions import Self
 from vlscale.errors import VlscaleError
 from vlscale.models.encoder import Encoder
 from vlscale.models.folder import read_config, read_weights, resolve_folder, write_folder
+from vlscale.ragged import RaggedBatch
 
 
 class EncodedRows(Protocol):
@@ -49,6 +50,21 @@ class PretrainingModel(nn.Module, PyTorchModelHubMixin, library_name="vlscale", 
     word_head: nn.Module
     feature_head: nn.Module
     region_classifier: nn.Module
+
+    def encode(self, batch: RaggedBatch, all_layers: bool = False) -> Any:
+        """Embed and encode a batch on the model's device; every model says what of a batch it reads.
+
+        Returns:
+            :class:`EncodedRows`, with more that the model's own heads look at.
+        """
+        raise NotImplementedError
+
+    def external_parameters(self) -> list[tuple[nn.Module, Tensor]]:
+        """Return (module, parameter) where a module's forward reads a parameter that another module owns.
+
+        Partitioned training has to gather the parameter for that module too.
+        """
+        raise NotImplementedError
 
     def mlm_logits(self, encoded: EncodedRows, positions: Tensor) -> Tensor:
         """Return [K, V], scores of all word pieces at K text tokens: masked ones, or the next ones of a target."""

@@ -98,7 +98,7 @@ class MatchHead(Linear):
         fusion: Literal["mul", "sum"] = "mul",
         learn: bool = True,
     ) -> Tensor:
-        """Return [K, 1]; or, with texts, float32 (at least) [K, T], the scores of K images with each of T texts.
+        """Return [K, 1]; or, with texts, [K, T], the scores of K images with each of T texts. In float32 at least.
 
         The head is linear, so that all fusions need not be held at once: one matrix product gives their scores.
 
@@ -106,13 +106,13 @@ class MatchHead(Linear):
             fused_KH: what is fused; images, if texts are given.
             texts_TH: texts.
             fusion: read only with texts.
-            learn: with texts only; false: the head gets no gradient.
+            learn: false: the head gets no gradient.
         """
-        if texts_TH is None:
-            return super().forward(fused_KH)
         weight_1H, bias = (self.weight, self.bias) if learn else (self.weight.detach(), self.bias.detach())
         if weight_1H.dtype.itemsize < 4:
             weight_1H, bias = weight_1H.float(), bias.float()
+        if texts_TH is None:
+            return F.linear(fused_KH.to(weight_1H.dtype), weight_1H, bias)
         images_KH, texts_TH = fused_KH.to(weight_1H.dtype), texts_TH.to(weight_1H.dtype)
         if fusion == "mul":
             return F.linear(images_KH * weight_1H, texts_TH) + bias

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+import torch
 import yaml
 
 from vlscale.config import ModelSection
 from vlscale.errors import VlscaleError, nearest
+from vlscale.models.base import PretrainingModel
 from vlscale.models.encoder import EncoderConfig
-from vlscale.models.folder import parse_config
+from vlscale.models.folder import model_type_of, parse_config
 from vlscale.models.unimo import UnimoConfig, UnimoForPretraining
 from vlscale.models.uniter import REGION_TYPE, UniterConfig, UniterForPretraining
 
-MODELS: dict[str, type[UniterForPretraining]] = {"uniter": UniterForPretraining}
-"""The models that recipes train."""
+MODELS: dict[str, type[PretrainingModel]] = {"uniter": UniterForPretraining, "unimo": UnimoForPretraining}
+"""The models that recipes train; :data:`vlscale.config.MODEL_TASKS` says on what."""
+ModelConfig: TypeAlias = UniterConfig | UnimoConfig
 Config = TypeVar("Config", bound=EncoderConfig)
 PRESETS = Path(__file__).parent / "presets"
 _CURES = {
@@ -53,7 +57,7 @@ def resolve_config(
     vocab_fingerprint: str | None = None,
     max_text_tokens: int | None = None,
     num_types: int | None = None,
-) -> UniterConfig:
+) -> ModelConfig:
     """Lay the recipe's overrides over the preset, and fill in what only the data know.
 
     ``vocab_size``, ``feature_dim``, ``num_classes`` and ``vocab_fingerprint`` come from the stores (None: not known,
@@ -68,6 +72,9 @@ def resolve_config(
         max_text_tokens: longest text of the data, without [CLS] and [SEP]; the model must have positions for it.
         num_types: types of the texts' segments are below it; the model must have a row for each.
 
+    Returns:
+        The configuration of the model that ``section`` names.
+
     Raises:
         VlscaleError: unknown model, preset or key (the nearest is named), a bad value, or a clash with the data.
     """
@@ -81,33 +88,14 @@ def resolve_config(
         "num_classes": num_classes,
         "vocab_fingerprint": vocab_fingerprint,
     }
-    types = {"type_vocab_size": max(REGION_TYPE + 1, num_types or 1)}
-    config = _lay_over(UniterConfig, section, facts, types)
-    _check_tables(config, max_text_tokens, types["type_vocab_size"])
-    return config
-
-
-def resolve_unimo_config(
-    section: ModelSection, *, max_text_tokens: int | None = None, **data_facts: int | str | None
-) -> UnimoConfig:
-    """Do the same for a UNIMO.
-
-    Args:
-        section: the recipe's ``model``.
-        max_text_tokens: longest text of the data, without [CLS] and [SEP]; the model must have positions for it.
-        **data_facts: ``vocab_size``, ``feature_dim``, ``num_classes``, ``vocab_fingerprint``; None: not known.
-
-    Raises:
-        VlscaleError: see :func:`resolve_config`.
-    """
-    config = _lay_over(UnimoConfig, section, data_facts, {})
-    if max_text_tokens is not None and max_text_tokens + 2 > config.longest_text:
-        raise VlscaleError(
-            f"model.config: max_position_embeddings {config.max_position_embeddings} leaves {config.longest_text} "
-            f"positions for a text, but data.max_text_tokens {max_text_tokens} with [CLS] and [SEP] needs "
-            f"{max_text_tokens + 2}; raise the one or lower the other"
-        )
-    return config
+    if section.name == "unimo":
+        unimo = _lay_over(UnimoConfig, section, facts, {})
+        _check_unimo(unimo, max_text_tokens, num_types or 1)
+        return unimo
+    types = max(REGION_TYPE + 1, num_types or 1)
+    uniter = _lay_over(UniterConfig, section, facts, {"type_vocab_size": types})
+    _check_uniter(uniter, max_text_tokens, types)
+    return uniter
 
 
 def _lay_over(
@@ -142,21 +130,37 @@ def _stated(section: ModelSection) -> dict[str, Any]:
     return preset | section.config
 
 
-def _check_tables(config: UniterConfig, max_text_tokens: int | None, types: int) -> None:
+def _check_uniter(config: UniterConfig, max_text_tokens: int | None, types: int) -> None:
     """Look whether there is a row for every position and type of the texts."""
     if max_text_tokens is not None and max_text_tokens + 2 > config.max_position_embeddings:
         raise VlscaleError(
             f"model.config: max_position_embeddings is {config.max_position_embeddings}, but data.max_text_tokens "
             f"{max_text_tokens} with [CLS] and [SEP] needs {max_text_tokens + 2}; raise the one or lower the other"
         )
-    if config.type_vocab_size < types:
+    _check_types(config.type_vocab_size, types)
+
+
+def _check_unimo(config: UnimoConfig, max_text_tokens: int | None, types: int) -> None:
+    """The same for a UNIMO, whose positions begin at a row of their own, and which may do without types."""
+    if max_text_tokens is not None and max_text_tokens + 2 > config.longest_text:
         raise VlscaleError(
-            f"model.config: type_vocab_size is {config.type_vocab_size}, but the texts have segments of the types 0 to "
-            f"{types - 1}; set model.config.type_vocab_size={types}"
+            f"model.config: max_position_embeddings {config.max_position_embeddings} leaves {config.longest_text} "
+            f"positions for a text, but data.max_text_tokens {max_text_tokens} with [CLS] and [SEP] needs "
+            f"{max_text_tokens + 2}; raise the one or lower the other"
+        )
+    if config.type_vocab_size:
+        _check_types(config.type_vocab_size, types)
+
+
+def _check_types(rows: int, types: int) -> None:
+    if rows < types:
+        raise VlscaleError(
+            f"model.config: type_vocab_size is {rows}, but the texts have segments of the types 0 to {types - 1}; set "
+            f"model.config.type_vocab_size={types}"
         )
 
 
-def build_model(section: ModelSection, **data_facts: Any) -> UniterForPretraining:
+def build_model(section: ModelSection, **data_facts: Any) -> PretrainingModel:
     """Build the model that the recipe describes, with fresh weights (draws from torch's default generator).
 
     Args:
@@ -166,9 +170,21 @@ def build_model(section: ModelSection, **data_facts: Any) -> UniterForPretrainin
     Raises:
         VlscaleError: see :func:`resolve_config`.
     """
-    return MODELS[section.name](resolve_config(section, **data_facts))
+    return model_of(resolve_config(section, **data_facts))
 
 
-def build_unimo(section: ModelSection, **data_facts: Any) -> UnimoForPretraining:
-    """Build a UNIMO with fresh weights (draws from torch's default generator); see :func:`resolve_unimo_config`."""
-    return UnimoForPretraining(resolve_unimo_config(section, **data_facts))
+def model_of(config: ModelConfig) -> PretrainingModel:
+    """Build the model that a configuration is of, with fresh weights (draws from torch's default generator)."""
+    return UnimoForPretraining(config) if isinstance(config, UnimoConfig) else UniterForPretraining(config)
+
+
+@lru_cache(maxsize=16)
+def expected_shapes(config: ModelConfig) -> Mapping[str, torch.Size]:
+    """Name -> shape of every tensor of the model that a configuration is of; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in model_of(config).state_dict().items()}
+
+
+def config_type_of(model_type: str | None) -> type[ModelConfig] | None:
+    """The configuration that ``config.json`` of a model's folder names; None: it is not one of vlscale's."""
+    return next((kind for kind in (UniterConfig, UnimoConfig) if model_type_of(kind) == model_type), None)

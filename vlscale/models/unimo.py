@@ -90,7 +90,8 @@ class UnimoForPretraining(PretrainingModel, tags=["unimo", "vision-language"]):
     """UNIMO with its heads.
 
     Every method that looks at single positions takes int64 indices into the text tokens (``RaggedBatch.input_ids``) or
-    the regions (``RaggedBatch.boxes``) of the batch; K = 0 is allowed. Outputs have the dtype of the weights.
+    the regions (``RaggedBatch.boxes``) of the batch; K = 0 is allowed. Outputs have the dtype of the weights, scores of
+    matching at least float32.
 
     Args:
         config: the configuration, or a mapping of its fields.
@@ -199,8 +200,10 @@ class UnimoForPretraining(PretrainingModel, tags=["unimo", "vision-language"]):
         return self.match_pooled(self.pool_text(encoded, examples), self.pool_image(encoded, examples))
 
     def match_pooled(self, text_KH: Tensor, image_KH: Tensor) -> Tensor:
-        """Return [K], how well pooled texts and images match, wherever they were encoded."""
+        """Return [K] in float32 at least, how well pooled texts and images match, wherever they were encoded."""
         self._require("matching")
+        if text_KH.dtype.itemsize < 4:  # ReLU pools are large: their product may exceed float16
+            text_KH, image_KH = text_KH.float(), image_KH.float()
         fused_KH = text_KH * image_KH if self.config.match_fusion == "mul" else text_KH + image_KH
         return self.match_head(self.match_dropout(fused_KH)).squeeze(1)
 
@@ -267,9 +270,3 @@ def _of_all(rows_B: Tensor, examples: Tensor | None, having: int, what: str) -> 
     if having != rows_B.numel():
         raise VlscaleError(f"{rows_B.numel() - having} of {rows_B.numel()} examples have no {what}; name those that do")
     return rows_B
-
-
-def expected_unimo_shapes(config: UnimoConfig) -> dict[str, torch.Size]:
-    """Name -> shape of every tensor of the model; nothing is allocated."""
-    with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in UnimoForPretraining(config).state_dict().items()}

@@ -246,9 +246,3 @@ class UniterForPretraining(PretrainingModel, tags=["uniter", "vision-language"])
 def _offset(cu: Tensor, owner: Tensor) -> Tensor:
     """int64 [M]: position m plus what ``cu`` says precedes it in its example's joint sequence."""
     return torch.arange(owner.numel(), device=owner.device) + cu.long().index_select(0, owner)
-
-
-def expected_shapes(config: UniterConfig) -> dict[str, torch.Size]:
-    """Name -> shape of every tensor of the model; nothing is allocated."""
-    with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in UniterForPretraining(config).state_dict().items()}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from vlscale.models.uniter import UniterConfig
+from vlscale.models.registry import ModelConfig
 
 WIDTH_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 LAYER_H, LAYER_I, LAYER_STATISTICS = 8.0, 2.0, 4
@@ -23,10 +23,21 @@ TEXT_H, REGION_H = 2.0, 4.0
 """Saved by the embedders: H-wide elements per text position and per region, the joint sequence included."""
 TEXT_BYTES, REGION_BYTES = 32, 68
 """Saved by the embedders: indices, boxes and statistics, bytes per position."""
-LOSS_BYTES = {"mlm": 12.0, "mrfr": 12.0, "mrc": 12.0, "mrckl": 24.0, "itm": 12.0}
+LOSS_BYTES = {"mlm": 12.0, "mrfr": 12.0, "mrc": 12.0, "mrckl": 24.0, "itm": 12.0, "unified": 12.0}
 """Per element of a task's output (K x V, K x D, K x C, B x 2), all float32: most that is alive around the loss."""
+SOURCE_H, TARGET_H = 4.0, 2.0
+"""Saved per token and layer beside that where a text of the batch is generated: sources and targets attend apart."""
+UNIMO_H, UNIMO_TEXT_BYTES, UNIMO_IMAGE_BYTES = 2.0, 24, 36
+"""Saved by a UNIMO's embedders, per text position and per region or [IMG]; of the latter two also its features."""
+POOL_H = 3.0
+"""H-wide elements that are saved per [IMG] or [CLS] that is pooled and compared."""
+CLASS_BYTES = 16.0
+"""As ``LOSS_BYTES``, of the classes of task ``unified``, whose labels are distributions."""
+FEATURE_COPIES = 3.0
+"""Copies of all features, in float32, while a UNIMO lays [IMG] and regions into one sequence."""
 ALIGNED_ROWS = 4.0
 """Times that the sequence's rows are there while optimal transport runs backward: rows, gradients, both laid back."""
+_UNIFIED_COUNTS = ("slots", "masked_regions", "pooled", "generated")
 HEAD_H = 6.0
 """H-wide elements that a head saves per position that it looks at."""
 
@@ -44,6 +55,9 @@ class Load:
         pairs: sum of squared lengths, what attention works on.
         cells: sum of words x regions that optimal transport works on; 0 without; padded_cells: as its plan is laid out.
         longest: positions of the longest example.
+        slots: slots [IMG]; masked_regions: regions that are predicted beside the words, which ``targets`` counts;
+            pooled: [IMG] and [CLS] that are pooled; generated: positions of the targets that texts end in. All of
+            task ``unified`` alone.
     """
 
     task: str
@@ -56,16 +70,20 @@ class Load:
     cells: float = 0.0
     padded_cells: float = 0.0
     longest: float = 0.0
+    slots: float = 0.0
+    masked_regions: float = 0.0
+    pooled: float = 0.0
+    generated: float = 0.0
 
     def scaled(self, factor: float) -> Load:
         """Return a load of the same composition, ``factor`` times as large."""
-        names = ("text", "regions", "examples", "targets", "pairs", "cells", "padded_cells")
+        names = ("text", "regions", "examples", "targets", "pairs", "cells", "padded_cells", *_UNIFIED_COUNTS)
         return replace(self, **{name: factor * getattr(self, name) for name in names})
 
     @property
     def tokens(self) -> float:
         """Positions of all examples."""
-        return self.text + self.regions
+        return self.text + self.regions + self.slots
 
 
 @dataclass(frozen=True)
@@ -94,7 +112,7 @@ def checkpointed(policy: str, layers: int) -> list[bool]:
     return [bool(stride) and index % stride == 0 for index in range(layers)]
 
 
-def layer_bytes(config: UniterConfig, precision: str, cpu: bool = False) -> float:
+def layer_bytes(config: ModelConfig, precision: str, cpu: bool = False) -> float:
     """Return the bytes that one layer saves per token when it is not checkpointed."""
     width = WIDTH_BYTES[precision]
     elements = (LAYER_H + (CPU_COPY_H if cpu else 0.0)) * config.hidden_size + LAYER_I * config.intermediate_size
@@ -103,7 +121,7 @@ def layer_bytes(config: UniterConfig, precision: str, cpu: bool = False) -> floa
 
 
 def activation_bytes(
-    config: UniterConfig, load: Load, precision: str, policy: str = "none", cpu: bool = False
+    config: ModelConfig, load: Load, precision: str, policy: str = "none", cpu: bool = False
 ) -> ActivationBytes:
     """Predict what forward and backward hold beyond weights, gradients and the batch itself.
 
@@ -118,6 +136,8 @@ def activation_bytes(
     width, hidden = WIDTH_BYTES[precision], config.hidden_size
     embeddings = _embeddings(config, load, width, cpu)
     layer, kept = layer_bytes(config, precision, cpu) * load.tokens, width * hidden * load.tokens
+    if load.generated:
+        layer += width * hidden * (SOURCE_H * (load.tokens - load.generated) + TARGET_H * load.generated)
     # Gradients of the FFN's inner row and of a weight beside it; that of its output takes the room of a freed sum.
     passing = width * (load.tokens * config.intermediate_size + hidden * config.intermediate_size)
     held = most = 0.0
@@ -127,23 +147,31 @@ def activation_bytes(
     loss, left = _loss(config, load, width)
     # At the end the word table's gradient appears; where a head shares the table: both parts and their sum. Masked
     # features have a gradient of their own, through which the mask's vector learns.
-    words = width * config.vocab_size * hidden * (3 if load.task == "mlm" else 1)
+    words = width * config.vocab_size * hidden * (3 if load.task in ("mlm", "unified") else 1)
     features = 2 * width * config.feature_dim * (load.regions + hidden) if load.masked_features else 0.0
+    if load.task == "unified":
+        features = FEATURE_COPIES * 4 * config.feature_dim * (load.regions + load.slots)
     peak = max(embeddings + held + loss, embeddings + most + passing + left, words, features)
     return ActivationBytes(embeddings, held, most + passing - held, loss, peak)
 
 
-def _embeddings(config: UniterConfig, load: Load, width: int, cpu: bool) -> float:
+def _embeddings(config: ModelConfig, load: Load, width: int, cpu: bool) -> float:
     mask = (width if cpu else 1) if config.hidden_dropout > 0 else 0
     hidden = config.hidden_size
+    if load.task == "unified":
+        images = width * config.feature_dim + UNIMO_H * width * hidden + mask * hidden + UNIMO_IMAGE_BYTES
+        texts = UNIMO_H * width * hidden + mask * hidden + UNIMO_TEXT_BYTES
+        return load.text * texts + (load.regions + load.slots) * images
     text = load.text * (TEXT_H * width * hidden + mask * hidden + TEXT_BYTES)
     regions = load.regions * (REGION_H * width * hidden + mask * hidden + REGION_BYTES)
     copies = load.regions * width * config.feature_dim if load.masked_features else 0.0
     return text + regions + copies
 
 
-def _loss(config: UniterConfig, load: Load, width: int) -> tuple[float, float]:
+def _loss(config: ModelConfig, load: Load, width: int) -> tuple[float, float]:
     """Most bytes around the loss, and those that stay while the layers run backward (gradients of tied weights)."""
+    if load.task == "unified":
+        return _unified_loss(config, load, width)
     outputs = {"mlm": config.vocab_size, "mrfr": config.feature_dim, "itm": 2}.get(load.task, config.num_classes)
     tied = {"mlm": config.vocab_size, "mrfr": config.feature_dim}.get(load.task, 0) * config.hidden_size * width
     aligned = _alignment(config, load, width)
@@ -152,7 +180,25 @@ def _loss(config: UniterConfig, load: Load, width: int) -> tuple[float, float]:
     return max(around, head_backward), float(tied)
 
 
-def _alignment(config: UniterConfig, load: Load, width: int) -> float:
+def _unified_loss(config: ModelConfig, load: Load, width: int) -> tuple[float, float]:
+    """The same of task ``unified``: heads run one after the other and backward in the opposite order.
+
+    Each head keeps one float32 copy of its outputs until its turn. Both heads for words give the word table a gradient,
+    also where they have no row.
+    """
+    hidden, words = config.hidden_size, config.vocab_size
+    generated = min(load.generated, load.targets)
+    masked = load.targets - generated
+    table = float(words * hidden * width)
+    kept = 4.0 * load.masked_regions * (config.feature_dim + 2 * config.num_classes)
+    kept += width * hidden * (HEAD_H * load.targets + load.masked_regions + POOL_H * load.pooled)
+    most = LOSS_BYTES["unified"] * words
+    regions = load.masked_regions * (LOSS_BYTES["mrfr"] * config.feature_dim + CLASS_BYTES * config.num_classes)
+    around = kept + max(most * generated + 4.0 * words * masked, most * masked + table, 3 * table)
+    return max(around, regions + table), table
+
+
+def _alignment(config: ModelConfig, load: Load, width: int) -> float:
     """Bytes of optimal transport: rows of words and regions, the padded plans, norms, and the rows' gradients.
 
     The cost matrix is never stored by the compiled kernels; gradients are laid back into the sequence one by one.

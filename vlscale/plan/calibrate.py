@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vlscale.config import Recipe
-from vlscale.models.uniter import UniterConfig
+from vlscale.models.registry import ModelConfig
 from vlscale.plan.calibration import Calibration, Machine
 from vlscale.plan.clock import Clock
 from vlscale.plan.costs import Costs
@@ -63,7 +63,7 @@ class Calibrator:
     def _rest(self, found: Calibration) -> float:
         """What a micro-step of a tiny model takes beyond what the operations say."""
         recipe, source = self._recipe, self._source
-        config: UniterConfig = with_model(source.config, **_TINY)
+        config: ModelConfig = with_model(source.config, **_TINY)
         planner = Planner(recipe, Source(source.lengths, source.assumed, config))
         sampler, work = Sampler(planner), planner.tasks[0]
         trial = Trial(recipe, config, sampler.objectives, self._zero, 1, self._device)

@@ -100,6 +100,7 @@ def _probe(args: argparse.Namespace) -> int:
 def _answer(args: argparse.Namespace, job: Job, numbers: list[int], assumptions: Any) -> int:
     from rich.console import Console
 
+    from vlscale.plan.assumed import assumed_text
     from vlscale.plan.predict import predict
     from vlscale.plan.sweep import SCALES, scaling, sweep
     from vlscale.plan.workload import Planner, read_source
@@ -111,7 +112,7 @@ def _answer(args: argparse.Namespace, job: Job, numbers: list[int], assumptions:
     found: dict[str, Any]
     if args.sweep:
         points = sweep(job, source, numbers, assumptions)
-        lines = assumptions.describe(source.assumed, max(numbers) > 1)
+        lines = assumptions.describe(assumed_text(job.recipe) if source.assumed else "", max(numbers) > 1)
         found = {"sweep": [point.to_json() for point in points], "assumptions": lines}
         fits = any(point.prediction is not None and point.prediction.memory.fits for point in points)
     else:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlscale.config import Recipe
+from vlscale.data.views import UNIFIED
 from vlscale.kernels.attention import PER_EXAMPLE_FROM
-from vlscale.models.uniter import BOX_WIDTH, UniterConfig
-from vlscale.plan.activations import Load, checkpointed
+from vlscale.models.registry import ModelConfig
+from vlscale.models.unimo_embeddings import LOCATION_WIDTH
+from vlscale.models.uniter import BOX_WIDTH
+from vlscale.plan.activations import FEATURE_COPIES, Load, checkpointed
 from vlscale.plan.calibration import Attention, Calibration
 from vlscale.plan.curves import between
 from vlscale.plan.model import tensor_count
@@ -22,7 +25,7 @@ class MicroStep:
     """Seconds of a micro-step by what they are spent on.
 
     Attributes:
-        layers: the encoder, each layer once; recomputed: layers computed again.
+        layers: the encoder, each layer once; recomputed: layers computed again, for checkpointing or a window.
         embeddings: both embedders; head: the task's head and loss; transport: optimal transport.
         gradients: tables' gradients and accumulation; fixed: what does not depend on size.
     """
@@ -49,7 +52,7 @@ class Costs:
         config: of the model; recipe: optimal transport's iterations.
     """
 
-    def __init__(self, calibration: Calibration, config: UniterConfig, recipe: Recipe) -> None:
+    def __init__(self, calibration: Calibration, config: ModelConfig, recipe: Recipe) -> None:
         self._found, self._config, self._recipe = calibration, config, recipe
 
     def micro_step(self, load: Load, policy: str, parameters: int) -> MicroStep:
@@ -66,7 +69,7 @@ class Costs:
         accumulated = found.accumulate.at(parameters) + found.tensor_s * tensor_count(config)
         return MicroStep(
             config.num_hidden_layers * both,
-            sum(checkpointed(policy, config.num_hidden_layers)) * forward,
+            (sum(checkpointed(policy, config.num_hidden_layers)) + first_passes(self._recipe, config)) * forward,
             self._embeddings(load),
             self._head(load),
             self._transport(load),
@@ -108,6 +111,8 @@ class Costs:
     def _embeddings(self, load: Load) -> float:
         found, config = self._found, self._config
         width, features = config.hidden_size, config.feature_dim
+        if load.task == "unified":
+            return self._unimo_embeddings(load)
         text, regions = load.text * width, load.regions * width
         copies = 4 if load.masked_features else 1  # cast; masked vector added, its gradient multiplied and summed
         return (
@@ -120,8 +125,37 @@ class Costs:
             + _JOINT_COPIES * found.copy_.at(text + regions)
         )
 
+    def _unimo_embeddings(self, load: Load) -> float:
+        """A UNIMO's: features are masked, laid beside [IMG], cast, and projected without a gradient of their own."""
+        found, config = self._found, self._config
+        width, images = config.hidden_size, load.regions + load.slots
+        return (
+            found.norm.both.at((load.text + images) * width)
+            + 2 * found.copy_.at(load.text * width)
+            + (FEATURE_COPIES + 1) * found.copy_.at(images * config.feature_dim)
+            + self._product(images, config.feature_dim, width, False)[1]
+            + self._product(images, LOCATION_WIDTH, width, False)[1]
+            + _JOINT_COPIES * found.copy_.at(load.tokens * width)
+        )
+
+    def _unified_heads(self, load: Load) -> float:
+        """All heads of task ``unified``: words, regressed features, classes, pooled [IMG] and [CLS]."""
+        found, config = self._found, self._config
+        width, words, regions = config.hidden_size, load.targets, load.masked_regions
+        total = self._product(words, width, width)[1] + self._product(words, width, config.vocab_size)[1]
+        total += found.gelu.both.at(words * width) + found.norm.both.at(words * width)
+        total += 3 * found.copy_.at(width * config.vocab_size)  # gradients of the tied table: two heads' and the texts'
+        for each in (config.feature_dim, config.num_classes):
+            total += self._product(regions, width, each)[1]
+        total += self._product(load.pooled, width, width)[1]
+        total += found.losses["entropy"].at(words * config.vocab_size)
+        total += found.losses["square"].at(regions * config.feature_dim)
+        return total + found.losses["divergence"].at(regions * config.num_classes)
+
     def _head(self, load: Load) -> float:
         found, config, task = self._found, self._config, load.task
+        if task == "unified":
+            return self._unified_heads(load)
         width = config.hidden_size
         dense = self._product(load.targets, width, width)[1]
         outputs = {"mlm": config.vocab_size, "mrfr": config.feature_dim, "itm": 2}.get(task, config.num_classes)
@@ -138,6 +172,13 @@ class Costs:
         example, cell, product = self._found.transport
         iterations = self._recipe.objectives.wra.iterations
         return load.examples * example + load.cells * (cell * iterations + product * self._config.hidden_size)
+
+
+def first_passes(recipe: Recipe, config: ModelConfig) -> int:
+    """Layers that run once more in each micro-step, without gradients: all of them where contrast has a window."""
+    contrast = recipe.objectives.unified.contrast
+    windowed = UNIFIED in recipe.tasks and contrast.weight > 0 and contrast.window
+    return config.num_hidden_layers if windowed else 0
 
 
 def attention_seconds(found: Attention, width: int, load: Load, padded: bool) -> tuple[float, float]:

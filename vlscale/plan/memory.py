@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vlscale.models.uniter import UniterConfig
+from vlscale.models.registry import ModelConfig
 from vlscale.plan.activations import WIDTH_BYTES, ActivationBytes, Load, activation_bytes
 from vlscale.train.ds_config import BUCKET_ELEMENTS, DeepSpeedSettings
 
@@ -196,7 +196,7 @@ class MemoryBytes:
 
 def memory_bytes(
     zero: Zero,
-    config: UniterConfig,
+    config: ModelConfig,
     sizes: tuple[int, int],
     gpus: int,
     loads: list[Load],

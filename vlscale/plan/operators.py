@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlscale.config import Recipe, WraSection
 from vlscale.kernels.attention import attention
 from vlscale.kernels.ipot import ipot_distance
-from vlscale.models.uniter import UniterConfig
+from vlscale.models.registry import ModelConfig
 from vlscale.plan.calibration import Attention, Passes
 from vlscale.plan.clock import Clock
 from vlscale.plan.curves import Curve, Surface
@@ -52,7 +52,7 @@ class Operators:
         device: where.
     """
 
-    def __init__(self, config: UniterConfig, precision: str, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, precision: str, device: torch.device) -> None:
         self._config, self._device, self._dtype = config, device, DTYPES[precision]
         self.clock = Clock(device)
         self._kind = device.type

@@ -7,10 +7,11 @@ from typing import Any
 
 from vlscale.config import Recipe
 from vlscale.errors import VlscaleError
-from vlscale.models.uniter import UniterConfig
+from vlscale.models.registry import ModelConfig
 from vlscale.plan.activations import checkpointed, layer_bytes
+from vlscale.plan.assumed import assumed_text
 from vlscale.plan.calibration import Calibration
-from vlscale.plan.costs import Costs
+from vlscale.plan.costs import Costs, first_passes
 from vlscale.plan.gpus import Gpu
 from vlscale.plan.memory import (
     CONTEXT_GIB,
@@ -23,7 +24,7 @@ from vlscale.plan.memory import (
 )
 from vlscale.plan.model import model_sizes
 from vlscale.plan.traffic import Links, Traffic, traffic_of
-from vlscale.plan.workload import ASSUMED, Planner, Workload
+from vlscale.plan.workload import Planner, Workload
 
 PUBLISHED = {"uniter_base": ("V100", 882.0, 4.5), "uniter_large": ("V100", 3645.0, 10.0)}
 """Recipe -> GPU, its hours, and days that the authors state for their run of its schedule, on padded batches."""
@@ -65,11 +66,11 @@ class Assumptions:
         """Whether a CPU was measured, and so is what is planned for."""
         return self.measured is not None and self.measured.machine.kind == "cpu"
 
-    def describe(self, assumed_lengths: bool, several: bool = True) -> list[str]:
+    def describe(self, assumed_lengths: str, several: bool = True) -> list[str]:
         """Return one line per assumption.
 
         Args:
-            assumed_lengths: the lengths are assumed, too; several: there is more than one GPU.
+            assumed_lengths: what is assumed of the data, if they are not here; several: there is more than one GPU.
         """
         lines = [
             *self._speeds(),
@@ -78,7 +79,7 @@ class Assumptions:
             *([] if self.on_cpu else self._of_cuda()),
             "data are always ready; evaluation, checkpoints and skipped steps take no time",
         ]
-        return [*lines, ASSUMED] if assumed_lengths else lines
+        return [*lines, assumed_lengths] if assumed_lengths else lines
 
     def _communication(self) -> list[str]:
         links = self.links
@@ -276,13 +277,13 @@ def predict(job: Job, planner: Planner, assumptions: Assumptions | None = None) 
         job, sizes[0], workload, memory, traffic, flops, flops / tokens, compute, recompute, busiest - compute, update,
         step, flops / (step * job.gpus * peak),
         cures(memory_of, zero, job.checkpointing, job.gpus, workload.most),
-        assumptions.describe(workload.assumed, job.gpus > 1),
+        assumptions.describe(assumed_text(job.recipe) if workload.assumed else "", job.gpus > 1),
         [] if assumptions.measured is None else assumptions.measured.describe(),
     )  # fmt: skip
 
 
 def compute_seconds(
-    config: UniterConfig, workload: Workload, job: Job, peak: float, assumptions: Assumptions, load: float = 1.0
+    config: ModelConfig, workload: Workload, job: Job, peak: float, assumptions: Assumptions, load: float = 1.0
 ) -> tuple[float, float]:
     """Return seconds of a step's passes on one GPU, and of those the seconds of recomputation.
 
@@ -300,7 +301,7 @@ def compute_seconds(
     share = load / job.gpus
     tokens = workload.mean("tokens") * share
     layers = config.num_hidden_layers
-    again = sum(checkpointed(job.checkpointing, layers)) / layers
+    again = (sum(checkpointed(job.checkpointing, layers)) + first_passes(job.recipe, config)) / layers
     moved = layer_bytes(config, job.zero.precision) * layers * tokens * assumptions.elementwise_passes
     elementwise = moved / (job.gpu.memory_gb_s * 1e9 * assumptions.memory_efficiency)
     products = workload.mean("flops") * share / (peak * assumptions.matmul_efficiency)
@@ -316,7 +317,7 @@ def compute_seconds(
 
 
 def measured_seconds(
-    config: UniterConfig, workload: Workload, job: Job, assumptions: Assumptions, load: float
+    config: ModelConfig, workload: Workload, job: Job, assumptions: Assumptions, load: float
 ) -> tuple[float, float]:
     """Return what :func:`compute_seconds` does, from the measured costs of the operations."""
     assert assumptions.measured is not None
@@ -331,14 +332,14 @@ def measured_seconds(
     return total + (hooks if job.zero.stage == 3 else 0.0), recomputed
 
 
-def update_seconds(config: UniterConfig, owned: float, job: Job, assumptions: Assumptions) -> float:
+def update_seconds(config: ModelConfig, owned: float, job: Job, assumptions: Assumptions) -> float:
     """Return seconds of the optimiser on the parameters that one GPU owns."""
     if assumptions.measured is not None:
         return Costs(assumptions.measured, config, job.recipe).update(owned)
     return owned * assumptions.optimizer_bytes / (job.gpu.memory_gb_s * 1e9 * assumptions.memory_efficiency)
 
 
-def transport_flops(config: UniterConfig, workload: Workload, recipe: Recipe) -> float:
+def transport_flops(config: ModelConfig, workload: Workload, recipe: Recipe) -> float:
     """Return the FLOPs of optimal transport in a mean step: the costs and their gradients, and the iterations."""
     cells = sum(task.share * task.load(task.tokens).cells for task in workload.tasks)
     return float(cells * (6 * config.hidden_size + TRANSPORT_FLOPS * recipe.objectives.wra.iterations))

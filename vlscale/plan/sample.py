@@ -12,9 +12,12 @@ from vlscale.data.lengths import SPECIALS
 from vlscale.data.plan import Step
 from vlscale.data.schema import SPECIAL_TOKENS, Vocabulary
 from vlscale.errors import VlscaleError
-from vlscale.models.uniter import UniterConfig
+from vlscale.models.registry import ModelConfig
 from vlscale.objectives import Objective, build_objectives
 from vlscale.objectives.itm import ImageTextMatching
+from vlscale.objectives.unified import UnifiedLearning
+from vlscale.plan.unified import RowLengths
+from vlscale.plan.unified_sample import unified_batch
 from vlscale.plan.workload import Planner, masking_chance
 from vlscale.ragged import RaggedBatch, cumulative
 
@@ -36,7 +39,7 @@ class Sampler:
 
     def __init__(self, planner: Planner, seed: int = 0) -> None:
         self._planner, self._seed = planner, seed
-        self.config: UniterConfig = planner.source.config
+        self.config: ModelConfig = planner.source.config
         recipe = planner.recipe
         section = recipe.objectives.model_copy(update={"mlm": MlmSection()})
         self.objectives: dict[str, Objective] = build_objectives(section, recipe.tasks, _VOCABULARY)
@@ -47,16 +50,18 @@ class Sampler:
         A step is repeated where it holds fewer tokens; one group is the least.
         """
         dataset, step = self._planner.example_step(task)
-        chosen = _first_groups(step, tokens)
+        chosen, objective = _first_groups(step, tokens), self.objectives[task]
+        if isinstance(objective, UnifiedLearning):
+            rows = RowLengths.of(step, self._planner.source.lengths, self._planner.recipe.data.max_regions)
+            return unified_batch(step, chosen, rows, objective, self.config, _VOCABULARY, self._seed)
         lengths = self._planner.source.lengths[dataset]
         text = lengths.tokens[step.texts[chosen]].astype(np.int64) + SPECIALS
         images = step.images[chosen]
         regions = np.minimum(lengths.regions[np.maximum(images, 0)], self._planner.recipe.data.max_regions)
         regions = np.where(images < 0, 0, regions).astype(np.int64)
         batch = self._filled(task, dataset, text, regions, step.labels[chosen])
-        matching = self.objectives[task]
-        if isinstance(matching, ImageTextMatching) and matching.alignment is not None:
-            batch.targets |= matching.alignment.targets(batch)
+        if isinstance(objective, ImageTextMatching) and objective.alignment is not None:
+            batch.targets |= objective.alignment.targets(batch)
         return batch
 
     def _filled(

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlscale.config import Recipe
-from vlscale.models.registry import MODELS
-from vlscale.models.uniter import UniterConfig, UniterForPretraining
+from vlscale.models.registry import ModelConfig, model_of
 from vlscale.objectives import Objective
+from vlscale.objectives.unified import share_window
 from vlscale.plan.measure import LiveBytes
 from vlscale.plan.memory import Zero
 from vlscale.ragged import RaggedBatch
@@ -44,7 +45,7 @@ class Trial:
     def __init__(
         self,
         recipe: Recipe,
-        config: UniterConfig,
+        config: ModelConfig,
         objectives: dict[str, Objective],
         zero: Zero,
         gpus: int,
@@ -52,7 +53,7 @@ class Trial:
     ) -> None:
         self.device, self._objectives, self._zero = device, objectives, zero
         with torch.device(device):
-            model: UniterForPretraining = MODELS[recipe.model.name](config)
+            model = model_of(config)
         self.model = model.to(DTYPES[zero.precision])
         self.model.set_activation_checkpointing(recipe.activation_checkpointing)
         self.model.train()
@@ -64,7 +65,11 @@ class Trial:
 
     def micro_step(self, batch: RaggedBatch) -> None:
         """Forward and backward of a batch that lies on the device, added to the gradients of the step."""
-        terms = self._objectives[batch.task].terms(self.model, batch)
+        model: Any = self.model  # has the heads that the recipe's objectives ask for
+        objective = self._objectives[batch.task]
+        if objective.needs_window:
+            (batch,) = share_window(objective, model, [batch])
+        terms = objective.terms(model, batch)
         losses = [term.sum * (term.weight / max(1, len(batch))) for term in terms.values() if term.weight]
         torch.stack(losses).sum().backward()
         if self._flat is not None:

@@ -16,21 +16,18 @@ from vlscale.data.dataset import open_dataset
 from vlscale.data.deal import Rule, accumulation, deal
 from vlscale.data.lengths import SPECIALS, DatasetLengths
 from vlscale.data.plan import Plan, Step
-from vlscale.data.schema import Vocabulary
+from vlscale.data.views import UNIFIED
 from vlscale.errors import VlscaleError
-from vlscale.models.registry import resolve_config
-from vlscale.models.uniter import UniterConfig
+from vlscale.models.registry import ModelConfig, resolve_config
+from vlscale.models.unimo_config import UnimoConfig
 from vlscale.plan.activations import Load
+from vlscale.plan.assumed import assumed_datasets
+from vlscale.plan.unified import unified_shape
 from vlscale.ragged import RaggedBatch, cumulative
-from vlscale.train.metrics import model_flops
+from vlscale.train.flops import attention_flops, layer_weights, model_flops, seen_pairs
 
 STEPS = 16
 """Steps that are cut and dealt to learn what a step is like."""
-ASSUMED_TEXTS = 60_000
-ASSUMED = (
-    "lengths: log-normal, median 11 word pieces (3 to 60) and 31 regions (10 to 100), as COCO's and Visual Genome's "
-    "are; the recipe's data are not here"
-)
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Source:
 
     lengths: dict[str, DatasetLengths]
     assumed: bool
-    config: UniterConfig
+    config: ModelConfig
 
 
 def read_source(recipe: Recipe) -> Source:
@@ -54,33 +51,22 @@ def read_source(recipe: Recipe) -> Source:
         VlscaleError: a store is damaged, or model and data do not go together.
     """
     sections = recipe.data.datasets
-    if all(isinstance(section.root, Path) and (section.root / "texts").is_dir() for section in sections):
+    if all(isinstance(section.root, Path) and _is_here(section.root) for section in sections):
         opened = {section.name: open_dataset(section.name, section.root, verify=False) for section in sections}
-        first = next(iter(opened.values()))
-        vocabulary: Vocabulary = first.vocabulary
+        vocabulary = next((d.vocabulary for d in opened.values() if d.vocabulary is not None), None)
         facts: dict[str, Any] = {
-            "vocab_size": vocabulary.size,
-            "feature_dim": first.feature_dim,
+            "vocab_size": None if vocabulary is None else vocabulary.size,
+            "feature_dim": next((d.feature_dim for d in opened.values() if d.feature_dim is not None), None),
             "num_classes": next((d.num_classes for d in opened.values() if d.num_classes is not None), None),
         }
         config = resolve_config(recipe.model, max_text_tokens=recipe.data.max_text_tokens, **facts)
         return Source({name: dataset.lengths for name, dataset in opened.items()}, False, config)
     config = resolve_config(recipe.model, max_text_tokens=recipe.data.max_text_tokens)
-    found = {}
-    for number, section in enumerate(sections):
-        found[section.name] = assumed_lengths(section.name, number, recipe.data.max_text_tokens)
-    return Source(found, True, config)
+    return Source(assumed_datasets(recipe), True, config)
 
 
-def assumed_lengths(name: str, seed: int, max_text_tokens: int) -> DatasetLengths:
-    """Return lengths of the kind that UNITER's corpora have, one text per image; see ``ASSUMED``."""
-    draw = np.random.default_rng(seed)
-    tokens = np.exp(draw.normal(np.log(11.0), 0.448, ASSUMED_TEXTS)).round().clip(3, min(60, max(3, max_text_tokens)))
-    regions = np.exp(draw.normal(np.log(31.0), 0.553, ASSUMED_TEXTS)).round().clip(10, 100)
-    rows = np.arange(ASSUMED_TEXTS)
-    shards = np.append(np.arange(0, ASSUMED_TEXTS, 2000), ASSUMED_TEXTS)
-    pointers = np.arange(ASSUMED_TEXTS + 1)
-    return DatasetLengths(name, tokens.astype(np.int32), pointers, rows, regions.astype(np.int32), shards)
+def _is_here(root: Path) -> bool:
+    return (root / "texts").is_dir() or (root / "images").is_dir()
 
 
 @dataclass(frozen=True)
@@ -164,6 +150,8 @@ class Planner:
 
     def _work(self, task: str, share: float, datasets: dict[str, float]) -> TaskWork:
         """What a step of ``task`` is, from one step of each dataset, weighed by its share."""
+        if task == UNIFIED:
+            return self._unified_work()
         parts = []
         for dataset, weight in datasets.items():
             step = self._step_of(dataset, task)
@@ -175,6 +163,20 @@ class Planner:
             for values in zip(*((p[1].tokens, p[1].examples, p[2], p[3]) for p in parts), strict=True)
         )
         return TaskWork(task, share, tokens, examples, flops, encoder, parts[0][1])
+
+    def _unified_work(self) -> TaskWork:
+        """The mean of the steps, which all mix all datasets."""
+        config = self.source.config
+        assert isinstance(config, UnimoConfig)
+        shapes = [unified_shape(step, self.source.lengths, self.recipe, config) for step in self._steps]
+        load, count = shapes[0].load, len(shapes)
+        tokens, examples, flops, encoder = (
+            sum(values) / count
+            for values in zip(
+                *((s.load.tokens, s.load.examples, s.flops, s.encoder_flops) for s in shapes), strict=True
+            )
+        )
+        return TaskWork(UNIFIED, 1.0, tokens, examples, flops, encoder, load)
 
     def example_step(self, task: str) -> tuple[str, Step]:
         """Return a step of ``task``, and the dataset it is from: that with the largest share."""
@@ -220,7 +222,7 @@ class Planner:
         )  # fmt: skip
 
 
-def shape_of(step: Step, lengths: DatasetLengths, recipe: Recipe, config: UniterConfig) -> tuple[RaggedBatch, Load]:
+def shape_of(step: Step, lengths: DatasetLengths, recipe: Recipe, config: ModelConfig) -> tuple[RaggedBatch, Load]:
     """Return a whole step as one batch of empty tensors, with as many targets as masking is expected to choose."""
     text = lengths.tokens[step.texts].astype(np.int64) + SPECIALS
     regions = np.minimum(lengths.regions[np.maximum(step.images, 0)], recipe.data.max_regions).astype(np.int64)
@@ -254,6 +256,9 @@ def least_ceiling(plan: Plan) -> int:
     padded = plan.settings.mode == "padded"
     found = 0
     for name, task in plan.pairs:
+        if task == UNIFIED:
+            found = max(found, plan.heaviest(name, task, 1))
+            continue
         group, source = plan.settings.group_of(task), plan.sources[name]
         found = max(found, group * source.heaviest(task, 1) if padded else source.heaviest(task, group))
     return found
@@ -267,12 +272,9 @@ def masking_chance(recipe: Recipe) -> float:
     return (section.probability + section.content_probability) / 2
 
 
-def encoder_flops(config: UniterConfig, batch: RaggedBatch) -> float:
+def encoder_flops(config: ModelConfig, batch: RaggedBatch) -> float:
     """Return the FLOPs of the encoder's layers alone: what activation checkpointing computes again, a third of it."""
-    width = config.hidden_size
-    weights = config.num_hidden_layers * (4 * width * width + 2 * width * config.intermediate_size) * batch.tokens
-    lengths = batch.cu_joint.diff().double()
-    return 6.0 * weights + 12.0 * width * config.num_hidden_layers * float(lengths.square().sum())
+    return 6.0 * layer_weights(config) * batch.tokens + attention_flops(config, seen_pairs(batch))
 
 
 def _expected(lengths: NDArray[np.int64], chance: float) -> int:
@@ -304,6 +306,6 @@ def _empty_batch(
     )
 
 
-def with_model(config: UniterConfig, **changes: Any) -> UniterConfig:
+def with_model(config: ModelConfig, **changes: Any) -> ModelConfig:
     """Return a model's configuration with other sizes."""
-    return UniterConfig.model_validate({**config.model_dump(), **changes})
+    return type(config).model_validate({**config.model_dump(), **changes})

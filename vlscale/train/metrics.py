@@ -13,10 +13,11 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from vlscale.models.uniter import UniterConfig
+from vlscale.models.registry import ModelConfig
 from vlscale.objectives import Term
 from vlscale.ragged import RaggedBatch
 from vlscale.train.engine import StepReport
+from vlscale.train.flops import model_flops
 from vlscale.train.loss_scale import TaskLossScales
 from vlscale.train.processes import Processes
 
@@ -47,29 +48,6 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
         if known in name:
             return 1e12 * (single if precision == "fp32" else half)
     return None
-
-
-def model_flops(config: UniterConfig, batch: RaggedBatch) -> float:
-    """Return the FLOPs of forward and backward on ``batch``, as the arithmetic needs them (nothing computed twice).
-
-    6 per weight and row it is applied to; attention costs 12 H per pair of positions of one example and layer. The
-    heads count at the positions they are applied to.
-    """
-    width, layers = config.hidden_size, config.num_hidden_layers
-    lengths = batch.cu_joint.diff().double()
-    regions = batch.boxes.shape[0]
-    weights = layers * (4 * width * width + 2 * width * config.intermediate_size) * batch.tokens
-    weights += regions * config.feature_dim * width
-    words = batch.targets.get("token_positions")
-    masked = batch.targets.get("region_positions")
-    if words is not None:
-        weights += words.numel() * (width * width + width * config.vocab_size)
-    if masked is not None:
-        outputs = config.num_classes if "class_probs" in batch.targets else config.feature_dim
-        weights += masked.numel() * (width * width + width * outputs)
-    if "itm_labels" in batch.targets:
-        weights += len(batch) * width * width
-    return 6.0 * weights + 12.0 * width * layers * float(lengths.square().sum())
 
 
 class TermSums:
@@ -127,7 +105,7 @@ class TermSums:
 class Interval:
     """Everything measured since the last logged row."""
 
-    def __init__(self, config: UniterConfig, capacity: int, peak: float | None) -> None:
+    def __init__(self, config: ModelConfig, capacity: int, peak: float | None) -> None:
         """``capacity``: tokens that one rank's window may hold; ``peak``: FLOP/s of the GPU, if known."""
         self._config, self._capacity, self._peak = config, capacity, peak
         self.reset()

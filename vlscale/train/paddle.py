@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlscale.train.optim import ReferenceAdamW
+from vlscale.train.adamw import ReferenceAdamW
 
 
 class PaddleAdamW(ReferenceAdamW):
     """Adam with Paddle's rule for epsilon, and UNIMO's decay.
 
     ``p = p - lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps) - lr weight_decay p``. Epsilon is added to the root of
-    the raw second moment, as in :class:`~vlscale.train.optim.ReferenceAdamW`; the decay takes the value from before the
+    the raw second moment, as in :class:`~vlscale.train.adamw.ReferenceAdamW`; the decay takes the value from before the
     step, not from after it. Clip the gradients to a norm of 1 before.
     """
 

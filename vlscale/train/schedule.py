@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vlscale.config import ScheduleSection
+from vlscale.train.paddle import linear_warmup_decay
 
 LEARNING_RATE_FLOOR = 1e-8
 """What UNITER's authors put in place of a rate that would be zero, from the last step on."""
@@ -26,5 +27,7 @@ def learning_rate(section: ScheduleSection, peak: float, steps_taken: int) -> fl
         peak: ``optimizer.lr``, the rate at the end of the warm-up.
         steps_taken: optimiser steps that were taken; skipped ones do not count.
     """
+    if section.kind == "paddle":
+        return linear_warmup_decay(steps_taken, peak, section.warmup_steps, section.total_steps)
     rate = peak * warmup_linear(steps_taken + 1, section.warmup_steps, section.total_steps)
     return rate if rate > 0 else LEARNING_RATE_FLOOR
