@@ -105,6 +105,10 @@ UNIFIED = ("model.name=unimo", "data.datasets.0.mix={unified: 1}")
         (UNIFIED[:1], r"unimo does not train task mlm \(it trains unified\): set model.name to uniter"),
         ((UNIFIED[0], "data.datasets.0.mix={unified: 1, itm: 1}"), "unimo does not train task itm"),
         ((*UNIFIED, "batch.mode=padded"), "batch.mode padded does not go with task unified"),
+        (
+            (*UNIFIED, "objectives.unified.contrast.window=true", "loss_normalization=reference"),
+            "loss_normalization reference does not go with objectives.unified.contrast.window",
+        ),
         ((*UNIFIED, "objectives.unified.contrast.negatives=0"), "positives alone, so its loss would be constant"),
         ((*UNIFIED, "objectives.unified.contrast.wieght=0"), r"unknown key 'objectives.*did you mean 'weight'"),
         ((*UNIFIED, "objectives.unified.language.longest_fragment=3"), "shortest_fragment 4 exceeds"),
@@ -124,6 +128,12 @@ def test_mistakes_of_unified_recipes_are_named(recipe_file: Path, overrides: tup
         load_recipe(recipe_file, overrides)
     assert "\n" not in str(caught.value)
     assert "recipe: " not in str(caught.value)
+
+
+def test_means_of_means_go_without_a_window(recipe_file: Path) -> None:
+    unified = (*UNIFIED, "loss_normalization=reference")
+    for more in ((), ("objectives.unified.contrast={window: true, weight: 0}",)):
+        assert load_recipe(recipe_file, (*unified, *more)).loss_normalization == "reference"
 
 
 @pytest.mark.parametrize("more", [("window=true", "negatives=0"), ("weight=0", "negatives=0"), ("negatives=1",)])

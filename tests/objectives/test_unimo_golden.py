@@ -1,7 +1,8 @@
-"""UNIMO's fine-tuning losses and optimiser against its authors' code; the contrastive loss against its definition."""
+"""UNIMO's fine-tuning losses and optimiser against its authors' code; pre-training losses against their definitions."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -12,6 +13,7 @@ from vlscale.models.unimo_batch import JointLayout
 from vlscale.objectives.adversarial import Villa, villa_loss
 from vlscale.objectives.contrastive import circle_loss, contrastive_loss
 from vlscale.objectives.generation import next_tokens, smoothed_cross_entropy
+from vlscale.objectives.visual import class_loss, overlaps, regression_loss, with_overlapping
 from vlscale.ragged import cumulative
 from vlscale.train.optim import build_param_groups
 from vlscale.train.paddle import PaddleAdamW, linear_warmup_decay
@@ -93,3 +95,30 @@ def test_contrastive_loss_and_its_gradients():
     grads = packed.grad.view(groups, candidates).split([part.shape[1] for part in scores], 1)
     for kind, grad in zip(kinds, grads, strict=True):
         assert_close(grad, golden[f"cmcl.out.grad_{kind}"], rtol=1e-10, atol=1e-12)
+
+
+def test_visual_losses():
+    golden = load("objectives_float64", "definition_only")
+    masked = golden["visual.in.mask"].bool()
+    predicted, features = golden["visual.in.pred"][masked], golden["visual.in.features"][masked]
+    logits, probs = golden["visual.in.class_logits"][masked], golden["visual.in.class_probs"][masked]
+    count, width = predicted.shape
+    exact = {"rtol": 1e-12, "atol": 1e-12}
+    summed = regression_loss(predicted, features) * width  # ours is a mean over the dimensions
+    assert_close(summed, golden["visual.out.regression_sum"].squeeze(), **exact)
+    assert_close(summed / count, golden["visual.out.regression_mean_over_masked"].squeeze(), **exact)
+    for labels, name in (("hard", "hard_ce_mean"), ("soft", "soft_ce_mean"), ("kl", "soft_kl_mean")):
+        assert_close(class_loss(logits, probs, labels) / count, golden[f"visual.out.{name}"].squeeze(), **exact)
+
+
+def test_masks_of_overlapping_regions():
+    golden = load("objectives_float64", "definition_only")
+    boxes, anchors = golden["comask.in.boxes"].numpy(), golden["comask.in.anchors"].numpy()
+    size = len(boxes)
+    every = overlaps(boxes.repeat(size, 0), np.tile(boxes, (size, 1))).reshape(size, size)
+    np.testing.assert_allclose(every, golden["comask.out.iou"].numpy(), rtol=1e-12, atol=1e-12)
+    thresholds = [float(name.rsplit("_", 1)[1]) for name in golden if name.startswith("comask.out.mask_iou_gt_")]
+    assert thresholds
+    for threshold in thresholds:
+        expected = golden[f"comask.out.mask_iou_gt_{threshold}"].bool().numpy()
+        assert (with_overlapping(anchors, boxes, np.array([0, size]), threshold) == expected).all()

@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from vlscale.data.companion_base import Companion
 from vlscale.data.companions import RetrievedStore, RewriteStore, UnitStore
 from vlscale.data.dataset import open_dataset
 from vlscale.data.index import HASH, INDEX_NAME, RESTORE, file_hash, file_size, read_bytes
@@ -205,25 +206,32 @@ def _verify_rows(
                 report.add(f"{texts.folder}: row {row}: {problem}; build the store again")
     if isinstance(classes, ClassStore) and not damaged["classes"]:
         _verify_probs(classes, report, progress)
+    beside = texts if isinstance(texts, TextStore) and not damaged["texts"] else None
     for kind in ("units", "rewrites", "retrieved"):
         store = stores.get(kind)
-        if store is not None and not damaged[kind]:
-            _verify_beside(kind, store, report, progress)
+        if isinstance(store, Companion) and not damaged[kind]:
+            _verify_beside(kind, store, beside, report, progress)
 
 
-def _verify_beside(kind: Kind, store: AnyStore, report: Verification, progress: Progress) -> None:
-    """Decode every row of a store beside the texts as batches and people do."""
+def _verify_beside(
+    kind: Kind, store: Companion, texts: TextStore | None, report: Verification, progress: Progress
+) -> None:
+    """Decode every row of a store beside the texts as batches and people do, and compare it with its text."""
     for row in range(len(store)):
         progress(f"{kind}: rows", row, len(store))
         report.rows += 1
         try:
             if isinstance(store, UnitStore):
-                store.units_of(np.array([row]))
+                (units,) = store.units_of(np.array([row]))
+                if texts is not None and units[-1, 1] != texts.lengths[row]:
+                    store.fail(row, f"units of {units[-1, 1]} word pieces, but the text has {texts.lengths[row]}")
             elif isinstance(store, RewriteStore):
                 store.rewrites(row)
             elif isinstance(store, RetrievedStore):
                 store.images_of(row)
                 store.texts_of(row)
+            if texts is not None and store.row(row)["id"] != texts.row(row)["id"]:
+                store.fail(row, f"is of text {store.row(row)['id']!r}, expected {texts.row(row)['id']!r}")
         except VlscaleError as error:
             report.add(str(error))
     progress(f"{kind}: rows", len(store), len(store))

@@ -13,6 +13,7 @@ from vlscale.objectives.itm import ImageTextMatching
 from vlscale.objectives.masking import TokenMasking
 from vlscale.objectives.mlm import MaskedLanguageModeling
 from vlscale.objectives.mrm import RegionClassification, RegionClassificationKL, RegionFeatureRegression
+from vlscale.objectives.unified import UnifiedLearning
 from vlscale.objectives.wra import WordRegionAlignment
 
 __all__ = ["Objective", "PretrainingModel", "Term", "build_objectives"]
@@ -64,10 +65,15 @@ def _itm(section: ObjectivesSection, vocabulary: Vocabulary) -> Objective:
     return ImageTextMatching(WordRegionAlignment.build(section.wra, vocabulary))
 
 
+def _unified(section: ObjectivesSection, vocabulary: Vocabulary) -> Objective:
+    return UnifiedLearning.build(section.unified, vocabulary)
+
+
 _BUILDERS: dict[str, Callable[[ObjectivesSection, Vocabulary], Objective]] = {
     "mlm": _mlm,
     "mrfr": _mrfr,
     "mrc": _mrc,
     "mrckl": _mrckl,
     "itm": _itm,
+    "unified": _unified,
 }

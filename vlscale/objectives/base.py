@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from vlscale.data.random import Draws
+from vlscale.errors import VlscaleError
 from vlscale.ragged import RaggedBatch
 
 
@@ -67,6 +69,10 @@ class Objective(Protocol):
     def needs_class_probs(self) -> bool:
         """Whether the loader must fill ``targets["class_probs"]`` after :meth:`prepare`."""
 
+    @property
+    def needs_window(self) -> bool:
+        """Whether :meth:`terms` needs to know of the whole step; see :mod:`vlscale.train.window`."""
+
     def prepare(self, batch: RaggedBatch, draws: Draws) -> RaggedBatch:
         """Return the batch with inputs masked and targets set; runs on the CPU.
 
@@ -82,6 +88,68 @@ class Objective(Protocol):
 
     def terms(self, model: PretrainingModel, batch: RaggedBatch) -> dict[str, Term]:
         """Return the loss terms and metrics. Without a target, and in an empty slot, sums are 0 and keep a graph."""
+
+    def represent(self, model: PretrainingModel, batch: RaggedBatch) -> Tensor:
+        """Return float [n, R], what the other micro-batches of the step need of this one, in a pass without gradients.
+
+        Raises:
+            VlscaleError: the objective needs no window.
+        """
+
+    def window_keys(self, batch: RaggedBatch) -> Tensor:
+        """Return int64 [n, K], what negatives and counts of the whole step depend on, before any forward."""
+
+    def share_keys(
+        self, batches: Sequence[RaggedBatch], keys: Tensor, first: int
+    ) -> tuple[list[RaggedBatch], dict[str, float]]:
+        """Tell one rank's micro-batches, on the CPU, of the whole step's keys.
+
+        Args:
+            batches: of the rank.
+            keys: int64 [G, K], those of :meth:`window_keys` of all ranks' micro-batches.
+            first: row of the rank's own first.
+
+        Returns:
+            The batches, and those counts of the whole step that depend on the keys.
+        """
+
+    def check_model(self, config: Any) -> None:
+        """Look whether a model of this configuration has what :meth:`terms` calls.
+
+        Raises:
+            VlscaleError: it has not.
+        """
+
+
+class OfMicroBatches:
+    """What :class:`Objective` asks for, of objectives whose micro-batches need not know of each other."""
+
+    @property
+    def needs_window(self) -> bool:
+        """No."""
+        return False
+
+    def represent(self, model: PretrainingModel, batch: RaggedBatch) -> Tensor:
+        """There is nothing that others need."""
+        raise self._no_window(batch)
+
+    def window_keys(self, batch: RaggedBatch) -> Tensor:
+        """There is nothing that others need."""
+        raise self._no_window(batch)
+
+    def share_keys(
+        self, batches: Sequence[RaggedBatch], keys: Tensor, first: int
+    ) -> tuple[list[RaggedBatch], dict[str, float]]:
+        """There is nothing that others need."""
+        raise self._no_window(batches[0])
+
+    def check_model(self, config: Any) -> None:
+        """A recipe's tasks are its model's, and the model has all heads that they call."""
+
+    def _no_window(self, batch: RaggedBatch) -> VlscaleError:
+        return VlscaleError(
+            f"task {batch.task}: {type(self).__name__} has no window; ask needs_window before represent and the keys"
+        )
 
 
 def loss_term(total: Tensor, count: str, batch: RaggedBatch, weight: float = 1.0) -> Term:

@@ -56,6 +56,17 @@ def contrastive_loss(scores_M: Tensor, positive_M: Tensor, cu: Tensor, temperatu
     Raises:
         VlscaleError: (on a CPU) a group has no positive.
     """
+    all_G, positive_G = candidate_sums(scores_M, positive_M, cu, temperature)
+    return all_G - positive_G
+
+
+def candidate_sums(
+    scores_M: Tensor, positive_M: Tensor, cu: Tensor, temperature: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Return [G] twice, the logarithms of the sums of ``exp(s/t)`` over all candidates, and over the positives.
+
+    Their difference is :func:`contrastive_loss`, whose arguments and errors these are.
+    """
     scaled_M = full_precision(scores_M) / temperature
     lengths_G, owner = cu.diff().long(), owners(cu, scores_M.numel())
     if cu.device.type == "cpu":
@@ -64,9 +75,10 @@ def contrastive_loss(scores_M: Tensor, positive_M: Tensor, cu: Tensor, temperatu
             empty = int((found_G == 0).nonzero()[0])
             raise VlscaleError(f"contrastive loss: group {empty} has no positive; the pair itself is always one")
     if not scaled_M.numel():
-        return scaled_M.new_zeros(lengths_G.numel()) + scaled_M.sum()
+        none_G = scaled_M.new_zeros(lengths_G.numel()) + scaled_M.sum()
+        return none_G, none_G
     hidden_M = scaled_M.masked_fill(~positive_M, -torch.inf)
-    return _logsumexp(scaled_M, lengths_G, owner) - _logsumexp(hidden_M, lengths_G, owner)
+    return _logsumexp(scaled_M, lengths_G, owner), _logsumexp(hidden_M, lengths_G, owner)
 
 
 def _logsumexp(values_M: Tensor, lengths_G: Tensor, owner: Tensor) -> Tensor:

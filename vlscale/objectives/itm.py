@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 from vlscale.data.random import Draws
-from vlscale.objectives.base import PretrainingModel, Term, full_precision, loss_term, metric
+from vlscale.objectives.base import OfMicroBatches, PretrainingModel, Term, full_precision, loss_term, metric
 from vlscale.objectives.wra import WordRegionAlignment
 from vlscale.ragged import RaggedBatch
 
 
 @dataclass(frozen=True)
-class ImageTextMatching:
+class ImageTextMatching(OfMicroBatches):
     """Tell matching pairs from mismatched ones: two-way cross-entropy, mean over examples; class 1 is a match.
 
     Labels and partners come from the plan (``targets["itm_labels"]`` int64 [B]); nothing is masked.

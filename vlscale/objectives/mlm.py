@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 from vlscale.data.random import Draws
-from vlscale.objectives.base import PretrainingModel, Term, full_precision, loss_term, metric
+from vlscale.objectives.base import OfMicroBatches, PretrainingModel, Term, full_precision, loss_term, metric
 from vlscale.objectives.masking import TokenMasking, draw_regions, mask_regions
 from vlscale.ragged import RaggedBatch
 
 
 @dataclass(frozen=True)
-class MaskedLanguageModeling:
+class MaskedLanguageModeling(OfMicroBatches):
     """Predict masked word pieces: cross-entropy, mean over the masked word pieces of the global batch.
 
     Targets: ``token_positions`` int64 [K] into Nt, ``token_labels`` int64 [K].

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from vlscale.data.random import Draws
 from vlscale.errors import VlscaleError
-from vlscale.objectives.base import PretrainingModel, Term, full_precision, loss_term, metric
+from vlscale.objectives.base import OfMicroBatches, PretrainingModel, Term, full_precision, loss_term, metric
 from vlscale.objectives.masking import TokenMasking, draw_regions, mask_regions
 from vlscale.ragged import RaggedBatch
 
 
 @dataclass(frozen=True)
-class MaskedRegions:
+class MaskedRegions(OfMicroBatches):
     """What the three forms share: regions are masked (features to zero, boxes stay), at least one per image.
 
     Attributes:

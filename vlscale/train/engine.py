@@ -227,6 +227,10 @@ class Engine:
         """Run the module, through DeepSpeed's hooks."""
         return self._engine(task, batch)
 
+    def represent(self, task: str, batch: Any) -> Tensor:
+        """Run the module's ``represent`` through the same hooks; see :mod:`vlscale.train.window`."""
+        return self._engine(task, batch, represent=True)
+
     def backward(self, loss: Tensor) -> None:
         """Backpropagate; DeepSpeed divides by the accumulation and, when it reduces, by the number of processes."""
         self._engine.backward(loss)

@@ -15,6 +15,7 @@ from vlscale.objectives import Objective
 from vlscale.train.engine import Engine
 from vlscale.train.metrics import TermSums
 from vlscale.train.processes import Processes
+from vlscale.train.window import with_window
 
 
 class Evaluation:
@@ -45,13 +46,14 @@ class Evaluation:
                     raise VlscaleError(
                         f"data.validation {section.name}: task {task} is not trained; train it, or drop it from the mix"
                     )
-                if self._objectives[task].needs_class_probs and self._datasets[section.name].classes is None:
+                dataset = self._datasets[section.name]
+                wanted = self._objectives[task].needs_class_probs and dataset.kind != "texts"
+                if wanted and dataset.classes is None:
                     raise VlscaleError(
                         f"data.validation {section.name}: task {task} needs a classes/ store, which is not there; "
                         f"build it, or give the dataset a mix without {task}"
                     )
-                lengths = self._datasets[section.name].lengths
-                steps += evaluation_steps(lengths, task, recipe.evaluation.examples, settings)
+                steps += evaluation_steps(dataset.lengths, task, recipe.evaluation.examples, settings)
         self._plan = FixedSteps(steps)
         longest = settings.max_text_tokens
         self.left_out = {name: int((each.lengths.tokens > longest).sum()) for name, each in self._datasets.items()}
@@ -71,7 +73,7 @@ class Evaluation:
             for step, _, window in _in_step(loader, processes):
                 key = f"eval/{step.dataset}/{step.task}"
                 objective = self._objectives[step.task]
-                for batch in window:
+                for batch in with_window(engine, processes, objective, window):
                     sums.add_counts(key, objective.counts(batch))
                     sums.add(key, engine.forward(step.task, batch.to(processes.device)))
         sums.reduce_counts(processes)

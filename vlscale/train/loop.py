@@ -19,11 +19,12 @@ from vlscale.data.loader import Loader, Preparer, Window
 from vlscale.data.plan import Plan, Position, Step
 from vlscale.data.prefetch import Prefetcher, class_tasks
 from vlscale.errors import VlscaleError
+from vlscale.models.base import PretrainingModel
 from vlscale.models.folder import WEIGHTS_FILE, write_folder
-from vlscale.models.uniter import UniterForPretraining
 from vlscale.objectives import Objective
 from vlscale.ragged import RaggedBatch
 from vlscale.train.checkpoint import Checkpoints, Manifest, recipe_changes
+from vlscale.train.describe import data_lines
 from vlscale.train.diagnosis import stop_with_diagnosis
 from vlscale.train.engine import Engine, StepReport
 from vlscale.train.evaluate import Evaluation
@@ -34,6 +35,7 @@ from vlscale.train.record import BatchRecord
 from vlscale.train.resilience import PREEMPTED, stop_asked
 from vlscale.train.run_folder import RunFolder
 from vlscale.train.schedule import learning_rate
+from vlscale.train.window import with_keys, with_window
 
 _MOST_COUNTS = 28
 
@@ -61,7 +63,7 @@ class Training:
     datasets: Mapping[str, Dataset]
     objectives: Mapping[str, Objective]
     engine: Engine
-    model: UniterForPretraining
+    model: PretrainingModel
     evaluation: Evaluation
     folder: RunFolder
     checkpoints: Checkpoints
@@ -71,23 +73,10 @@ class Training:
         """Say, and write to the run folder, what is about to be trained on what."""
         processes, engine, plan = self.processes, self.engine, self.plan
         size = sum(getattr(tensor, "ds_numel", tensor.numel()) for tensor in self.model.parameters())
-        shares = ", ".join(
-            f"{name}/{task} {share:.0%}" for (name, task), share in zip(plan.pairs, plan.shares, strict=True)
-        )
         lines = [
             f"recipe {recipe_path} -> {self.folder.path}",
             f"model: {size / 1e6:.1f} M parameters; {started}",
-            f"data: {shares}",
-            *(
-                f"data: {name}: {count} texts over data.max_text_tokens left out"
-                for name, count in (*plan.left_out.items(), *self.evaluation.left_out.items())
-                if count
-            ),
-            *(
-                f"data: {name}: {count} texts of the first pass dropped, as UNITER's sampler drops them"
-                for name, count in plan.dropped.items()
-                if count
-            ),
+            *data_lines(plan, self.evaluation.left_out),
             f"{processes.world_size} processes on {processes.device.type}, {self.precision}, ZeRO stage "
             f"{engine.stage}, {engine.accumulation} micro-batches of at most {self.recipe.batch.micro_batch_tokens} "
             "tokens per step",
@@ -101,6 +90,7 @@ class Training:
                 "accumulation": engine.accumulation,
                 "plan": plan.fingerprint,
                 "left_out": plan.left_out,
+                "left_out_views": plan.left_out_views,
                 "dropped": plan.dropped,
                 "weights": started,
             }
@@ -137,8 +127,12 @@ def forward_backward(
     """
     processes, objective = run.processes, run.objectives[step.task]
     slots = processes.world_size * len(window)
-    for micro, batch in enumerate(window):
+
+    def seed(micro: int) -> None:
         seed_micro_batch(run.recipe.seed, step.index, processes.rank, micro)
+
+    for micro, batch in enumerate(with_window(run.engine, processes, objective, window, seed)):
+        seed(micro)
         terms = run.engine.forward(step.task, batch.to(processes.device))
         denominators = counts if run.recipe.loss_normalization == "exact" else objective.counts(batch)
         losses = [
@@ -258,7 +252,9 @@ def next_window(run: Training, loader: Loader) -> tuple[Window, dict[str, float]
             f"step {window[0].index}: the processes are about to run different steps; do all nodes see the same recipe "
             f"and the same data sets?"
         )
-    return window, dict(zip(names, totals, strict=False)), stop > 0
+    step, after, batches = window
+    batches, of_keys = with_keys(run.processes, run.objectives[step.task], batches)
+    return (step, after, batches), {**dict(zip(names, totals, strict=False)), **of_keys}, stop > 0
 
 
 def seed_micro_batch(seed: int, step: int, rank: int, micro: int) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from vlscale.config import DataSection, DatasetSection, Recipe
+from vlscale.config import DataSection, DatasetSection, ObjectivesSection, Recipe
 from vlscale.convert.initial import read_initial
 from vlscale.data.dataset import Dataset, open_dataset
 from vlscale.data.remote import CacheSettings
+from vlscale.data.schema import Vocabulary
 from vlscale.errors import VlscaleError
+from vlscale.models.base import PretrainingModel
 from vlscale.models.registry import build_model
-from vlscale.models.uniter import UniterForPretraining
 from vlscale.objectives import Objective, Term
 from vlscale.ragged import RaggedBatch
 from vlscale.train.engine import Engine, construction, is_partitioned, load_weights, share_parameters
@@ -23,69 +24,102 @@ from vlscale.train.processes import Processes
 
 
 class DataFacts(TypedDict):
-    """What a model has to know of the datasets that it reads; see :func:`vlscale.models.registry.resolve_config`."""
+    """What a model has to know of the datasets that it reads; see :func:`vlscale.models.registry.resolve_config`.
 
-    vocab_size: int
-    feature_dim: int
+    None: no dataset has texts, images or classes.
+    """
+
+    vocab_size: int | None
+    feature_dim: int | None
     num_classes: int | None
-    vocab_fingerprint: str
+    vocab_fingerprint: str | None
     num_types: int
 
 
 class PretrainingModule(nn.Module):
     """A model with its objectives: one forward per micro-batch, so that DeepSpeed's hooks see all of it."""
 
-    def __init__(self, model: UniterForPretraining, objectives: Mapping[str, Objective]) -> None:
+    def __init__(self, model: PretrainingModel, objectives: Mapping[str, Objective]) -> None:
         super().__init__()
         self.model = model
         self.objectives = dict(objectives)
 
-    def forward(self, task: str, batch: RaggedBatch) -> dict[str, Term]:
-        """Return the named terms of ``task`` on ``batch``."""
-        return self.objectives[task].terms(self.model, batch)
+    def forward(self, task: str, batch: RaggedBatch, represent: bool = False) -> dict[str, Term] | Tensor:
+        """Return the named terms of ``task`` on ``batch``, or what its window is to know of it.
+
+        Raises:
+            VlscaleError: the task has no window.
+        """
+        objective = self.objectives[task]
+        model: Any = self.model  # has the heads that the objectives ask for: a recipe's tasks are its model's
+        return objective.represent(model, batch) if represent else objective.terms(model, batch)
 
 
-def open_datasets(sections: Iterable[DatasetSection], data: DataSection) -> dict[str, Dataset]:
+def open_datasets(sections: Sequence[DatasetSection], data: DataSection) -> dict[str, Dataset]:
     """Open datasets by name; ``data`` says how they are read.
 
     Raises:
-        VlscaleError: a store is missing or damaged, or a remote does not answer.
+        VlscaleError: a store is missing or damaged, holds another kind of data than the recipe says, or a remote does
+            not answer.
     """
     cache = CacheSettings.from_section(data)
-    return {section.name: open_dataset(section.name, section.root, data.verify, cache) for section in sections}
+    opened = {section.name: open_dataset(section.name, section.root, data.verify, cache) for section in sections}
+    for section in sections:
+        found = opened[section.name].kind
+        if section.kind not in (None, found):
+            raise VlscaleError(
+                f"dataset {section.name}: {section.root} holds {found}, the recipe says kind: {section.kind}; give "
+                f"another folder, or drop kind"
+            )
+    return opened
 
 
 def data_facts(datasets: Iterable[Dataset]) -> DataFacts:
     """Return what a model has to know of the datasets that it reads; they have to agree on it.
 
+    Texts alone have no feature width, images alone no vocabulary.
+
     Raises:
-        VlscaleError: vocabularies, feature widths or class counts differ; both datasets are named.
+        VlscaleError: vocabularies, feature widths or class counts differ; two datasets are named that do.
     """
-    first, *others = datasets
-    types = max(dataset.num_types for dataset in (first, *others))
-    classes = first.num_classes
-    for other in others:
-        pairs: list[tuple[str, Any, Any]] = [
-            ("vocabulary", first.vocabulary.fingerprint[:12], other.vocabulary.fingerprint[:12]),
-            ("feature width", first.feature_dim, other.feature_dim),
-        ]
-        if classes is None:
-            classes = other.num_classes
-        elif other.num_classes is not None:
-            pairs.append(("number of classes", classes, other.num_classes))
-        for what, one, two in pairs:
-            if one != two:
-                raise VlscaleError(
-                    f"datasets {first.root} and {other.root} do not go together: {what} {one} against {two}; build "
-                    f"them with the same tokenizer and features"
-                )
+    opened = [*datasets]
+    known = [(dataset, dataset.vocabulary) for dataset in opened]
+    _agree("vocabulary", [(dataset, found and found.fingerprint[:12]) for dataset, found in known])
+    vocabulary = next((found for _, found in known if found is not None), None)
     return {
-        "vocab_size": first.vocabulary.size,
-        "feature_dim": first.feature_dim,
-        "num_classes": classes,
-        "vocab_fingerprint": first.vocabulary.fingerprint,
-        "num_types": types,
+        "vocab_size": None if vocabulary is None else vocabulary.size,
+        "feature_dim": _agree("feature width", [(dataset, dataset.feature_dim) for dataset in opened]),
+        "num_classes": _agree("number of classes", [(dataset, dataset.num_classes) for dataset in opened]),
+        "vocab_fingerprint": None if vocabulary is None else vocabulary.fingerprint,
+        "num_types": max(dataset.num_types for dataset in opened),
     }
+
+
+def vocabulary_of(datasets: Iterable[Dataset]) -> Vocabulary:
+    """Return the vocabulary that the texts have; see :func:`data_facts`.
+
+    Raises:
+        VlscaleError: no dataset has texts.
+    """
+    found = next((dataset.vocabulary for dataset in datasets if dataset.vocabulary is not None), None)
+    if found is None:
+        raise VlscaleError(
+            "data.datasets: none has texts, so there is no vocabulary; add a dataset with a texts/ store"
+        )
+    return found
+
+
+def _agree(what: str, values: Iterable[tuple[Dataset, Any]]) -> Any:
+    """The value that all datasets have that have one; None: none has."""
+    known = [(dataset, value) for dataset, value in values if value is not None]
+    for other, value in known:
+        first, expected = known[0]
+        if value != expected:
+            raise VlscaleError(
+                f"datasets {first.root} and {other.root} do not go together: {what} {expected} against {value}; build "
+                f"them with the same tokenizer and features"
+            )
+    return known[0][1] if known else None
 
 
 def build_engine(
@@ -111,13 +145,15 @@ def build_engine(
         VlscaleError: the model's configuration, the data and ``model.init_from`` do not go together.
     """
 
-    def seeded_model() -> UniterForPretraining:
+    def seeded_model() -> PretrainingModel:
         torch.manual_seed(recipe.seed)
         return build_model(recipe.model, max_text_tokens=recipe.data.max_text_tokens, **facts)
 
     with processes.agreed(), construction(config):
-        _check_background(recipe.objectives.mrm.background_class, facts["num_classes"])
+        check_background(recipe.objectives, facts["num_classes"])
         model = seeded_model()
+        for objective in objectives.values():
+            objective.check_model(model.config)
     if is_partitioned(model):
         # These were drawn in half precision or on a GPU: start from what the other stages start from.
         load_weights(model, dict(seeded_model().named_parameters()))
@@ -138,14 +174,23 @@ def build_engine(
     return Engine(processes, module, make_optimizer, config, recipe.tasks), started
 
 
-def _check_background(background_class: int | None, num_classes: int | None) -> None:
-    if background_class is not None and num_classes is not None and background_class >= num_classes:
-        raise VlscaleError(
-            f"objectives.mrm.background_class is {background_class}, but the classes stores have classes 0 to "
-            f"{num_classes - 1}; set it to one of them, or to null if there is no background"
-        )
+def check_background(objectives: ObjectivesSection, num_classes: int | None) -> None:
+    """Look whether a background class is one of the classes; None: there are no classes.
+
+    Raises:
+        VlscaleError: it is not.
+    """
+    for key, found in (
+        ("mrm", objectives.mrm.background_class),
+        ("unified.visual", objectives.unified.visual.background_class),
+    ):
+        if found is not None and num_classes is not None and found >= num_classes:
+            raise VlscaleError(
+                f"objectives.{key}.background_class is {found}, but the classes stores have classes 0 to "
+                f"{num_classes - 1}; set it to one of them, or to null if there is no background"
+            )
 
 
-def inner_model(engine: Engine) -> UniterForPretraining:
+def inner_model(engine: Engine) -> PretrainingModel:
     """Return the model inside an engine built by :func:`build_engine`."""
     return engine.module.model  # type: ignore[return-value]

@@ -17,10 +17,19 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from vlscale.errors import VlscaleError, one_line_errors, report_error
 
 _HEAD_START_S = 3.0
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Rows of all processes: ``rows`` [sum of counts, ..], and the ``counts`` of each rank."""
+
+    rows: Tensor
+    counts: list[int]
 
 
 @dataclass
@@ -58,6 +67,23 @@ class Processes:
         found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, item, group=self.group)
         return found
+
+    def gather_rows(self, rows: Tensor) -> Gathered:
+        """Return the rows [n, ..] of all processes, one process after the other; n may differ, nothing else.
+
+        Rows on a CPU travel as control messages do, others over the processes' own links.
+        """
+        mine = torch.tensor([rows.shape[0]])
+        sizes = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(sizes, mine, group=self.group)
+        counts = [int(size) for size in sizes]
+        if not any(counts):
+            return Gathered(rows, counts)
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: rows.shape[0]] = rows
+        found = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(found, padded, group=self.group if rows.device.type == "cpu" else None)
+        return Gathered(torch.cat([part[:count] for part, count in zip(found, counts, strict=True)]), counts)
 
     def barrier(self) -> None:
         """Wait until all processes are here."""

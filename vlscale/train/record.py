@@ -47,11 +47,13 @@ def example_hashes(batch: RaggedBatch) -> list[int]:
     words = np.full(batch.input_ids.numel(), -1, np.int64)
     regions = np.zeros(batch.boxes.shape[0], bool)
     targets = batch.targets
-    if "token_positions" in targets:
-        words[targets["token_positions"].numpy()] = targets["token_labels"].numpy()
+    for kind in ("token", "bidirectional", "seq2seq"):
+        if f"{kind}_positions" in targets:
+            words[targets[f"{kind}_positions"].numpy()] = targets[f"{kind}_labels"].numpy()
     if "region_positions" in targets:
         regions[targets["region_positions"].numpy()] = True
     labels = targets["itm_labels"].numpy() if "itm_labels" in targets else np.full(len(batch), -1)
+    roles = targets["role"].numpy() if "role" in targets else None
     ids, features = batch.input_ids.numpy(), batch.features.numpy()
     cu_text, cu_regions = batch.cu_text.tolist(), batch.cu_regions.tolist()
     head = f"{batch.task}\0{batch.dataset}".encode()
@@ -60,6 +62,8 @@ def example_hashes(batch: RaggedBatch) -> list[int]:
         text = slice(cu_text[index], cu_text[index + 1])
         image = slice(cu_regions[index], cu_regions[index + 1])
         keys = [int(batch.passes[index]), int(batch.examples[index]), int(batch.images[index]), int(labels[index])]
+        if roles is not None:
+            keys += [int(roles[index]), int(targets["source"][index])]
         digest = hashlib.blake2b(head + np.array(keys).tobytes(), digest_size=8)
         for part in (ids[text], words[text], regions[image], features[image]):
             digest.update(part.tobytes())
