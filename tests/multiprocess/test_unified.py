@@ -44,6 +44,8 @@ IDLE: dict[str, tuple[int, list[str]]] = {
     f"idle{stage}": (stage, ["--set", "objectives.unified.contrast.weight=0", "--set", "optimizer.weight_decay=0"])
     for stage in (1, 2, 3)
 }
+DROPOUT = ["--set", "model.config.hidden_dropout=0.2", "--set", "model.config.match_dropout=0.2"]
+STOP = 5
 
 
 def small_recipe(root: Path) -> dict[str, Any]:
@@ -63,8 +65,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             config = write_ds_config(root / f"small_{name}.json", stage)
             paths = ["--ds_config", str(config), "--recipe", str(root / "small.yaml"), "--run_dir", str(root / name)]
             lines.append([*paths, *more])
+        if processes == 2:
+            lines += _stopped_and_resumed(root)
         all_well(run_many(lines, root / f"{processes}.json", processes, VLSCALE_RECORD_BATCHES="1"))
     return root
+
+
+def _stopped_and_resumed(root: Path) -> list[list[str]]:
+    """A run with dropout and a checkpoint after each step, and one that goes on from its fifth."""
+    paths = ["--ds_config", str(root / "small_zero1.json"), "--recipe", str(root / "small.yaml"), *DROPOUT]
+    source = root / "whole" / "checkpoints" / f"step-{STOP}"
+    return [
+        [*paths, "--run_dir", str(root / "whole"), "--set", "checkpoint.every=1"],
+        [*paths, "--run_dir", str(root / "resumed"), "--resume", str(source)],
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +160,16 @@ def test_rows_roles_and_masks_are_identical(root: Path, case: str) -> None:
     first = (root / CASES[0] / "batches.jsonl").read_text(encoding="utf-8")
     assert len({json.loads(line)["digest"] for line in first.splitlines()}) == STEPS
     assert (root / case / "batches.jsonl").read_text(encoding="utf-8") == first
+
+
+def test_a_resumed_run_is_bit_equal_with_dropout_and_window(root: Path) -> None:
+    def terms(run: str) -> list[dict[str, float]]:
+        return [{name: v for name, v in row.items() if name.startswith("unified/")} for row in rows(root / run)]
+
+    assert len(terms("resumed")) == STEPS - STOP
+    assert terms("resumed") == terms("whole")[STOP:]
+    weights, again = (load_file(root / run / "model" / "model.safetensors") for run in ("whole", "resumed"))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
 
 
 @pytest.mark.parametrize("case", IDLE)
