@@ -6,11 +6,13 @@ INSTALLED := .venv/.installed
 # DeepSpeed looks for ninja on PATH, and compiles for the CPU here.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 DEMO := runs/demo
+DEMO_UNIMO := runs/demo_unimo
 PROCESSES ?= 2
 
-.PHONY: help check install demo test test-long cluster-test lint bench clean
+.PHONY: help check install demo demo-unimo test test-long cluster-test lint bench clean
 help:
 	@echo "make demo    build the small corpus, pre-train UNITER on it, show what it learnt (2 cores, 20 minutes at most)"
+	@echo "make demo-unimo  the same for UNIMO: images, texts and pairs; retrieval, captions, masked words (2 cores, 20 minutes)"
 	@echo "make test    all tests but the long ones; make test-long runs those"
 	@echo "make cluster-test    a real Slurm, and two hosts over real ssh, on this machine (root, Debian)"
 	@echo "make lint    ruff and mypy"
@@ -38,6 +40,13 @@ $(DEMO)/data/manifest.json: | $(INSTALLED)
 demo: install $(DEMO)/data/manifest.json
 	$(RUN) $(BIN)/deepspeed --num_gpus $(PROCESSES) launch/pretrain.py --ds_config ds_configs/demo_cpu.json --run_dir $(DEMO) --resume auto
 	$(RUN) OMP_NUM_THREADS=$(PROCESSES) $(BIN)/python launch/evaluate.py --run $(DEMO)
+
+$(DEMO_UNIMO)/data/manifest.json: $(DEMO)/data/manifest.json | $(INSTALLED)
+	$(RUN) $(BIN)/python -m data_tools.build_demo_unimo --scenes $(DEMO)/data --out $(DEMO_UNIMO)/data --workers $(PROCESSES) --overwrite
+
+demo-unimo: install $(DEMO_UNIMO)/data/manifest.json
+	$(RUN) $(BIN)/deepspeed --num_gpus $(PROCESSES) launch/pretrain.py --ds_config ds_configs/demo_unimo_cpu.json --run_dir $(DEMO_UNIMO) --resume auto
+	$(RUN) OMP_NUM_THREADS=$(PROCESSES) $(BIN)/python launch/evaluate.py --run $(DEMO_UNIMO)
 
 test: install
 	$(RUN) $(BIN)/python -m pytest -n 2 -m "not multiprocess and not alone and not long and not gpu and not cluster"

@@ -7,8 +7,6 @@ one dataset root per split. The same options give the same bytes on one machine.
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from data_tools.demo_corpus import FIXTURE, MANIFEST_KIND, Options, Report, build
+from data_tools.demo_folder import fresh_folder
 from vlscale.errors import VlscaleError, one_line_errors
 
 FIXTURE_FOLDER = Path("tests/fixtures/demo")
@@ -78,8 +77,6 @@ def build_into(options: Options, out: Path, workers: int, overwrite: bool, conso
     Raises:
         VlscaleError: ``out`` exists and may not be replaced, or the corpus cannot be built.
     """
-    _refuse(out, overwrite)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -87,35 +84,8 @@ def build_into(options: Options, out: Path, workers: int, overwrite: bool, conso
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        with Progress(*columns, console=console) as progress:
-            report = build(options, partial, workers, progress)
-        _refuse(out, overwrite)
-        if out.exists():
-            old = out.parent / f".{out.name}.old-{os.getpid()}"
-            out.rename(old)
-            partial.rename(out)
-            shutil.rmtree(old)
-        else:
-            partial.rename(out)
-    except OSError as error:
-        raise VlscaleError(f"{out}: cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return report
-
-
-def _refuse(out: Path, overwrite: bool) -> None:
-    """Refuse to touch what is there, unless it is a demo corpus and the user said so."""
-    if not os.path.lexists(out):
-        return
-    if not overwrite:
-        raise VlscaleError(f"{out}: exists already; choose another --out, or say --overwrite")
-    manifest = out / "manifest.json"
-    if out.is_symlink() or not manifest.is_file() or MANIFEST_KIND not in manifest.read_text(encoding="utf-8"):
-        raise VlscaleError(f"{out}: is no demo corpus (no manifest.json of one), so --overwrite leaves it alone")
+    with fresh_folder(out, overwrite, MANIFEST_KIND) as partial, Progress(*columns, console=console) as progress:
+        return build(options, partial, workers, progress)
 
 
 def show(report: Report, out: Path, console: Console) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from tests.report.scenes import OracleModel, heldout, make_scenes
 from vlscale.config import WraSection
 from vlscale.report.heldout import HeldOut
-from vlscale.report.pictures import _load_picture, choose_text, draw_grounding
+from vlscale.report.pictures import choose_text, draw_grounding, load_picture
 
 SECTION = WraSection(tokens="words")
 
@@ -58,8 +58,8 @@ def test_pictures_come_from_their_folder_only(tmp_path: Path, name: object) -> N
     shutil.copy(folder / "good.webp", tmp_path / "secret.webp")
     shutil.copy(folder / "good.webp", folder / ".hidden.webp")
     (folder / "damaged.webp").write_bytes(b"RIFF0000WEBPnothing")
-    assert _load_picture(folder, "good") is not None
-    assert _load_picture(folder, name) is None
+    assert load_picture(folder, "good") is not None
+    assert load_picture(folder, name) is None
 
 
 def test_a_caption_of_dollar_signs_is_no_formula(tmp_path: Path) -> None:

@@ -7,15 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vlscale.config import DatasetSection, ObjectivesSection, Recipe, load_recipe
-from vlscale.data.dataset import Dataset, open_dataset
+from vlscale.config import DatasetSection, ObjectivesSection, Recipe
+from vlscale.data.dataset import open_dataset
 from vlscale.data.remote import CacheSettings
-from vlscale.errors import VlscaleError
-from vlscale.models.registry import MODELS
+from vlscale.models.unimo import UnimoForPretraining
 from vlscale.models.uniter import UniterForPretraining
 from vlscale.objectives.base import PretrainingModel
 from vlscale.report.alignment import alignment
@@ -24,7 +22,9 @@ from vlscale.report.heldout import HeldOut, open_heldout
 from vlscale.report.outcome import Outcome, UnmeasurableError
 from vlscale.report.pictures import draw_grounding
 from vlscale.report.retrieval import retrieval
+from vlscale.report.runs import check_fits, load_models, read_recipe
 from vlscale.report.table import Split, show, write_summary
+from vlscale.report.unimo_evaluate import evaluate_unimo_run
 
 UNSEEN = "val_unseen"
 """Folder of the split whose pictures training never shows."""
@@ -86,7 +86,7 @@ def evaluate(
 
 
 def evaluate_run(run: Path, overrides: tuple[str, ...], console: Console) -> Path:
-    """Evaluate the model of a run, print the table, and write ``summary.json`` and ``grounding.png`` into the run.
+    """Evaluate the model of a run: print the table, and write ``summary.json`` and a picture into the run.
 
     Args:
         run: folder with ``recipe.yaml`` and ``model/``, as training leaves it.
@@ -99,18 +99,24 @@ def evaluate_run(run: Path, overrides: tuple[str, ...], console: Console) -> Pat
     Raises:
         VlscaleError: the run, its model or its validation data is missing or damaged, or they do not fit together.
     """
-    recipe = _read_recipe(run, overrides)
-    if not recipe.data.validation:
-        raise VlscaleError(
-            f"{run / 'recipe.yaml'}: data.validation is empty; --set data.validation='[{{name: val, root: FOLDER}}]'"
-        )
+    recipe = read_recipe(run, overrides)
     trained, untrained = load_models(run, recipe)
+    if isinstance(trained, UnimoForPretraining) and isinstance(untrained, UnimoForPretraining):
+        return evaluate_unimo_run(run, recipe, trained, untrained, console)
+    assert isinstance(trained, UniterForPretraining)
+    assert isinstance(untrained, UniterForPretraining)
+    return _evaluate_uniter_run(run, recipe, trained, untrained, console)
+
+
+def _evaluate_uniter_run(
+    run: Path, recipe: Recipe, trained: UniterForPretraining, untrained: UniterForPretraining, console: Console
+) -> Path:
     splits: dict[str, Split] = {}
     picture = None
     for key, section in _sections(recipe).items():
         cache = CacheSettings.from_section(recipe.data)
         dataset = open_dataset(section.name, section.root, recipe.data.verify, cache)
-        _check_fits(trained, dataset, run)
+        check_fits(trained, dataset, run)
         device = str(next(trained.parameters()).device)
         heldout = open_heldout(dataset, recipe.seed, recipe.data.max_text_tokens, recipe.data.max_regions, device)
         measured = {}
@@ -134,32 +140,6 @@ def evaluate_run(run: Path, overrides: tuple[str, ...], console: Console) -> Pat
     return summary
 
 
-def load_models(run: Path, recipe: Recipe) -> tuple[UniterForPretraining, UniterForPretraining]:
-    """Return the trained model of a run, and one of the same configuration with fresh weights of the recipe's seed.
-
-    Raises:
-        VlscaleError: there is no model, or it is damaged.
-    """
-    folder = run / "model"
-    if not folder.is_dir():
-        raise VlscaleError(f"{folder}: no such folder; the run has no model yet: train it to the end first")
-    if recipe.model.name not in MODELS:
-        raise VlscaleError(f"{run / 'recipe.yaml'}: model.name {recipe.model.name!r} is unknown (known: {[*MODELS]})")
-    kind = MODELS[recipe.model.name]
-    trained = kind.from_pretrained(folder)
-    torch.manual_seed(recipe.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return trained.to(device), kind(trained.config).eval().to(device)
-
-
-def _read_recipe(run: Path, overrides: tuple[str, ...]) -> Recipe:
-    if not run.is_dir():
-        raise VlscaleError(f"{run}: no such folder; give --run the folder that training wrote")
-    if not (run / "recipe.yaml").is_file():
-        raise VlscaleError(f"{run}: holds no recipe.yaml, so it is no run folder; give --run the folder training wrote")
-    return load_recipe(run / "recipe.yaml", overrides)
-
-
 def _sections(recipe: Recipe) -> dict[str, DatasetSection]:
     """The first validation dataset; and the unseen pictures, as listed in the recipe or found beside it."""
     main, *others = recipe.data.validation
@@ -169,31 +149,6 @@ def _sections(recipe: Recipe) -> dict[str, DatasetSection]:
     unseen = next((section for section in others if Path(section.root).name == UNSEEN), beside)
     has_unseen = unseen is not beside or (main.root.name != UNSEEN and (main.root.parent / UNSEEN / "texts").is_dir())
     return {"metrics": main, "unseen_pictures": unseen} if has_unseen else {"metrics": main}
-
-
-def _check_fits(model: UniterForPretraining, dataset: Dataset, run: Path) -> None:
-    config = model.config
-    for what, of_model, of_data in (
-        ("vocabulary", config.vocab_size, dataset.vocabulary.size),
-        ("feature width", config.feature_dim, dataset.feature_dim),
-        ("number of classes", config.num_classes, dataset.num_classes),
-    ):
-        if of_data is not None and of_model != of_data:
-            raise VlscaleError(
-                f"dataset {dataset.name} ({dataset.root}): {what} {of_data}, but the model in {run / 'model'} has "
-                f"{of_model}; set data.validation to data built as the training data were"
-            )
-    if dataset.num_types > config.type_vocab_size:
-        raise VlscaleError(
-            f"dataset {dataset.name} ({dataset.root}): its segments have {dataset.num_types} types, but the model in "
-            f"{run / 'model'} has {config.type_vocab_size}; set data.validation to data built as the training data were"
-        )
-    known, found = config.vocab_fingerprint, dataset.vocabulary.fingerprint
-    if known is not None and known != found:
-        raise VlscaleError(
-            f"dataset {dataset.name} ({dataset.root}): its vocabulary is {found[:12]}, but the model in "
-            f"{run / 'model'} was trained with {known[:12]}; import the texts with the tokenizer of the training data"
-        )
 
 
 def _measure(

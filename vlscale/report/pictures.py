@@ -84,7 +84,7 @@ def _draw_scene(axes: Axes, heldout: HeldOut, image: int) -> None:
 
     row = heldout.dataset.images.row(image)
     width, height = int(row["width"]), int(row["height"])
-    picture = _load_picture(heldout.dataset.root / "scenes", row["id"])
+    picture = load_picture(heldout.dataset.root / "scenes", row["id"])
     if picture is None:
         axes.add_patch(Rectangle((0, 0), width, height, color="#f4f4f4", zorder=0))
     else:
@@ -147,7 +147,7 @@ def _right(plan_TR: NDArray[np.float64], positions: NDArray[np.int64], mentions:
 
 
 def _words(heldout: HeldOut, input_ids: NDArray[np.int32], positions: NDArray[np.int64]) -> list[str]:
-    tokens = heldout.dataset.vocabulary.tokens
+    tokens = heldout.dataset.texts.meta.vocabulary.tokens
     outside = {-1: "[CLS]", len(input_ids): "[SEP]"}
     return [outside.get(int(at)) or tokens[input_ids[at]] for at in positions]
 
@@ -156,7 +156,7 @@ def _color(number: int) -> str:
     return _COLORS[number % len(_COLORS)]
 
 
-def _load_picture(folder: Path, name: Any) -> NDArray[np.uint8] | None:
+def load_picture(folder: Path, name: Any) -> NDArray[np.uint8] | None:
     """The picture, or None if there is none that can be trusted: ids come from a file and must not leave the folder."""
     from PIL import Image, UnidentifiedImageError
 

@@ -72,21 +72,21 @@ def figures(split: Split, names: tuple[str, ...], seed: int) -> dict[str, dict[s
 
     ``interval`` holds the 95 % bootstrap intervals of both models; ``n`` counts questions.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for name in names:
-        if name not in split.trained:
-            continue
-        trained, untrained = split.trained[name], split.untrained[name]
-        found[name] = {
-            "trained": trained.mean,
-            "untrained": untrained.mean,
-            "chance": trained.chance,
-            "n": len(trained),
-            "interval": {"trained": trained.interval(seed), "untrained": untrained.interval(seed)},
-            **({} if trained.baseline is None else {"baseline": trained.baseline}),
-            **trained.extra,
-        }
-    return _rounded(found)
+    found = {name: figure(split.trained[name], split.untrained[name], seed) for name in names if name in split.trained}
+    return rounded(found)
+
+
+def figure(trained: Outcome, untrained: Outcome, seed: int) -> dict[str, Any]:
+    """Return what :func:`figures` says of one metric, unrounded."""
+    return {
+        "trained": trained.mean,
+        "untrained": untrained.mean,
+        "chance": trained.chance,
+        "n": len(trained),
+        "interval": {"trained": trained.interval(seed), "untrained": untrained.interval(seed)},
+        **({} if trained.baseline is None else {"baseline": trained.baseline}),
+        **trained.extra,
+    }
 
 
 def summarise(splits: Mapping[str, Split], seed: int) -> dict[str, Any]:
@@ -168,12 +168,12 @@ def _cells(row: Mapping[str, Any], elsewhere: Mapping[str, Any] | None) -> list[
     ]
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Six decimals: more would be noise of the arithmetic."""
     if isinstance(value, float):
         return round(value, 6)
     if isinstance(value, Mapping):
-        return {key: _rounded(part) for key, part in value.items()}
+        return {key: rounded(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(part) for part in value]
+        return [rounded(part) for part in value]
     return value
