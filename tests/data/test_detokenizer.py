@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders
 
 from data_tools.tokenizers import load_tokenizer
 from data_tools.train_tokenizer import train_bpe, train_sentencepiece, train_wordpiece
+from vlscale.data.dataset import open_dataset
 from vlscale.data.detokenizer import Detokenizer
 from vlscale.data.schema import Vocabulary
 from vlscale.errors import VlscaleError
@@ -61,6 +65,30 @@ def test_sentencepiece_of_another_language_comes_back(tmp_path):
 
 def _vocabulary(*pieces: str) -> Vocabulary:
     return Vocabulary.from_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces])
+
+
+def test_whole_words_without_marks_are_set_apart():
+    """A vocabulary that cuts no word has no mark at all, as that of the committed fixture."""
+    dataset = open_dataset("demo", Path(__file__).parents[1] / "fixtures/demo/val")
+    back = Detokenizer(dataset.texts.meta.vocabulary)
+    assert back.kind == "wordpiece"
+    assert back.word_starts().sum() == len(back.vocabulary.tokens) - 5
+    row = dataset.texts.row(0)
+    assert " " in row["text"]
+    assert back.text(row["input_ids"]) == row["text"].lower().replace(",", " ,")
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_tensors_and_arrays_are_read_as_lists_are(kind):
+    back = Detokenizer(_vocabulary("dog", "##s"))
+    rows = [[2, 5, 6, 3], [2, 5, 3, 0]]
+    assert back.texts(kind(rows)) == back.texts(rows) == ["dogs", "dog"]
+    assert back.text(kind(rows[1]), keep=kind([3])) == back.text(rows[1], keep=[3]) == "dog [SEP]"
+    with pytest.raises(VlscaleError, match="is no id; give a row of whole numbers"):
+        back.text(kind([5.5]))
+    with pytest.raises(VlscaleError, match="is no id; give a row of whole numbers") as raised:
+        back.text(kind(rows))
+    assert "\n" not in str(raised.value)
 
 
 def test_chinese_is_written_without_blanks():

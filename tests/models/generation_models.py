@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.models.unimo_batches import tiny_unimo
+from vlscale.models.generation.sources import Sources
 from vlscale.models.unimo import UnimoBatch, UnimoForPretraining
 from vlscale.ragged import cumulative
 
@@ -24,6 +25,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "huggingface": {"num_beams": 3, "scoring": "huggingface", "num_return_sequences": 2},
     "paddlenlp": {"num_beams": 4, "scoring": "paddlenlp", "length_penalty": 0.6, "min_new_tokens": 3},
 }
+
+
+def sources_of(batch: UnimoBatch) -> UnimoBatch:
+    """The batch without its targets, and without notes of sizes, so that it may be changed."""
+    unnoted = {"sizes": None, "max_joint": None, "max_text": None, "max_regions": None}
+    return dataclasses.replace(Sources.read(batch).batch, **unnoted)
 
 
 def speaking(batch: UnimoBatch) -> UnimoBatch:

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.models.generation_models import MIXED, SPECIAL, WAYS, anew, model_of
+from tests.models.generation_models import MIXED, SPECIAL, WAYS, anew, model_of, sources_of
 from tests.models.unimo_batches import alone, unimo_batch
-from vlscale.models.generation.decoder import sources_of
 from vlscale.models.unimo import UnimoBatch, UnimoForPretraining, generate
 
 
@@ -163,6 +162,18 @@ def test_drawn_texts_end_differ_and_are_padded():
         assert ended == ([len(tokens) - 1] if found.finished[example, which] else [])
         assert found.sequences[example, which, len(tokens) :].eq(0).all()
     assert len({tuple(found.tokens(0, which)) for which in range(4)}) > 1
+
+
+@pytest.mark.parametrize("way", [*WAYS, "sampling"])
+def test_running_scores_stay_what_they_are_behind_the_end(way):
+    chosen = WAYS.get(way, {"do_sample": True, "seed": 1, "num_return_sequences": 3})
+    ending = {**SPECIAL, "eos_token_id": [3, 6, 14, 21, 30, 36]}
+    found = generate(model_of(), unimo_batch(MIXED, seed=3), **ending, max_new_tokens=9, **chosen)
+    last = found.running_scores.gather(2, found.lengths[:, :, None] - 1)
+    behind = torch.arange(found.sequences.shape[2]) >= found.lengths[:, :, None]
+    assert behind.any()
+    assert torch.equal(found.running_scores[behind], last.expand_as(found.running_scores)[behind])
+    assert last.lt(0).all()
 
 
 def test_least_and_largest_lengths_count_as_in_hugging_face():

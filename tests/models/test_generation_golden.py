@@ -39,8 +39,7 @@ def _arguments(match: re.Match[str], vocabulary: int) -> dict[str, Any]:
         "num_return_sequences": int(match[2]),
         "min_new_tokens": int(match[3]),
         "max_new_tokens": int(match[4]),
-        "no_repeat_ngram_size": 3 if match[5] == "True" else 0,
-        "word_starts": torch.arange(vocabulary) % 3 != 0,
+        **({"no_repeat_ngram_size": 3, "word_starts": torch.arange(vocabulary) % 3 != 0} if match[5] == "True" else {}),
         "length_penalty": float(match[6]),
         "target_positions": "reference" if match[1].endswith("contpos") else None,
     }
@@ -76,7 +75,9 @@ def test_the_trigram_rule_decides_a_golden_search():
         if match[5] == "True":
             model = official_model(roles=match[1] == "dialog")
             batch, _ = official_batch(load(match[1]))
-            free = model.generate(batch, **_arguments(match, model.config.vocab_size) | {"no_repeat_ngram_size": 0})
+            arguments = _arguments(match, model.config.vocab_size)
+            del arguments["no_repeat_ngram_size"], arguments["word_starts"]
+            free = model.generate(batch, **arguments)
             golden = read("beam_search.json")[name]
             decided += [free.tokens(i) for i in range(len(batch))] != [hypotheses[0]["ids"] for hypotheses in golden]
     assert decided

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.models.generation_models import anew, model_of
+from tests.models.generation_models import anew, model_of, sources_of
 from tests.models.unimo_batches import alone, unimo_batch
-from vlscale.models.generation.decoder import sources_of
 from vlscale.models.unimo import UnimoBatch, UnimoForPretraining, generate
 
 transformers = pytest.importorskip("transformers")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlscale.models.generation.rules import Rules
 from vlscale.models.generation.settings import GenerationSettings
@@ -43,7 +46,7 @@ def _repeats(ids: list[int], size: int, starts: list[bool]) -> bool:
 )
 def test_repeated_ngrams_of_words_are_those_of_the_definition(rows, size, starts):
     rules = rules_of(no_repeat_ngram_size=size, word_starts=torch.tensor(starts))
-    found = rules.repeating(torch.tensor(rows), VOCABULARY)
+    found = rules.repeating(torch.tensor(rows))
     expected = [[_repeats([*ids, token], size, starts) for token in range(VOCABULARY)] for ids in rows]
     assert found.tolist() == expected
 
@@ -52,8 +55,30 @@ def test_words_differ_from_tokens():
     """5 goes on with a word: (3 5)(4)(3 5) repeats no pair of words yet, but a pair of tokens."""
     ids = torch.tensor([[3, 5, 4, 3]])
     starts = torch.tensor([True, True, True, True, True, False])
-    assert not rules_of(no_repeat_ngram_size=2, word_starts=starts).repeating(ids, 6).any()
-    assert rules_of(no_repeat_ngram_size=2).repeating(ids, 6).nonzero().tolist() == [[0, 5]]
+    assert not rules_of(no_repeat_ngram_size=2, word_starts=starts).repeating(ids).any()
+    assert rules_of(no_repeat_ngram_size=2).repeating(ids).nonzero().tolist() == [[0, 5]]
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that a tensor has which an operator makes, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_ngrams_cost_no_square_of_the_length(size):
+    ids = torch.randint(40, (2, 1000), generator=torch.Generator().manual_seed(0))
+    with Largest() as largest:
+        rules_of(40, no_repeat_ngram_size=size, word_starts=torch.arange(40) % 3 > 0).repeating(ids)
+    assert largest.elements == ids.numel()
 
 
 def test_forbidden_sequences_are_cut_before_their_last_token():

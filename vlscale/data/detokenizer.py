@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -31,7 +32,7 @@ class Detokenizer:
 
     Args:
         vocabulary: of the texts; ``TextStore.meta.vocabulary``.
-        kind: how its word pieces are written; by default told from them.
+        kind: how its word pieces are written; by default told from them, ``wordpiece`` where none has a mark.
 
     Raises:
         VlscaleError: the kind is unknown.
@@ -45,14 +46,14 @@ class Detokenizer:
         self._special = {getattr(vocabulary, role) for role in ("pad", "unk", "cls", "sep", "mask")}
 
     def text(self, ids: Iterable[int], keep: Iterable[int] = ()) -> str:
-        """Return the text of ids; special tokens are left out, except those to ``keep``.
+        """Return the text of ids, numbers or an int tensor [T]; special tokens are left out, except those to ``keep``.
 
         Raises:
-            VlscaleError: an id is outside the vocabulary.
+            VlscaleError: an id is outside the vocabulary, or is no whole number.
         """
-        tokens, left_out = self.vocabulary.tokens, self._special - {*keep}
+        tokens, left_out = self.vocabulary.tokens, self._special - set(_whole(keep))
         pieces = []
-        for index in ids:
+        for index in _whole(ids):
             if not 0 <= index < len(tokens):
                 raise VlscaleError(
                     f"id {index} is outside the vocabulary of {len(tokens)} word pieces (fingerprint "
@@ -62,8 +63,8 @@ class Detokenizer:
                 pieces.append(tokens[index])
         return " ".join(_JOINED[self.kind](pieces).split())
 
-    def texts(self, rows: Iterable[Sequence[int]]) -> list[str]:
-        """Return the texts of several rows of ids, such as ``Generated.best()``."""
+    def texts(self, rows: Iterable[Iterable[int]]) -> list[str]:
+        """Return the texts of several rows of ids, such as ``Generated.best()`` or an int tensor [B, T]."""
         return [self.text(row) for row in rows]
 
     def word_starts(self) -> NDArray[np.bool_]:
@@ -80,11 +81,20 @@ class Detokenizer:
         return starts
 
 
+def _whole(ids: Iterable[int]) -> Iterator[int]:
+    """Plain numbers: elements of tensors are neither equal to nor hashed like them."""
+    for index in ids:
+        try:
+            yield operator.index(index)
+        except TypeError:
+            raise VlscaleError(f"detokenizer: {str(index)[:40]!r} is no id; give a row of whole numbers") from None
+
+
 def _kind_of(tokens: Sequence[str]) -> PieceKind:
-    """The kind whose mark most word pieces begin with."""
+    """The kind whose mark most word pieces begin with; whole words have none."""
     counts = {kind: sum(len(token) > len(mark) and token.startswith(mark) for token in tokens)
               for kind, mark in _MARKS.items()}  # fmt: skip
-    return max(KINDS, key=counts.__getitem__)
+    return max(KINDS, key=counts.__getitem__) if any(counts.values()) else "wordpiece"
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -17,7 +17,7 @@ from vlscale.errors import VlscaleError
 from vlscale.models.base import PretrainingModel
 from vlscale.models.encoder import Encoder
 from vlscale.models.folder import parse_config
-from vlscale.models.generation import Generated, generate
+from vlscale.models.generation import Generated, caption_batch, generate
 from vlscale.models.heads import MatchHead, Pooler, WordHead
 from vlscale.models.layers import Linear
 from vlscale.models.unimo_batch import JointLayout, UnimoBatch
@@ -32,6 +32,7 @@ __all__ = [
     "UnimoConfig",
     "UnimoEncoded",
     "UnimoForPretraining",
+    "caption_batch",
     "generate",
 ]
 
@@ -148,7 +149,7 @@ class UnimoForPretraining(PretrainingModel, tags=["unimo", "vision-language"]):
 
         Raises:
             VlscaleError: the features have another width than the model, images come to a text-only model, or (on a
-                CPU) a position, a role, a turn or a target is out of range.
+                CPU) a word piece, a position, a role, a turn or a target is out of range.
         """
         joint_NH, layout = self.embed(batch, text_delta, image_delta)
         layers = [joint_NH] if all_layers else None
@@ -249,6 +250,8 @@ def check_batch(batch: UnimoBatch, config: UnimoConfig) -> None:
                 f"{config.longest_text} positions; lower data.max_text_tokens or raise max_position_embeddings"
             )
     for name, ids, rows in (
+        ("input_ids", batch.input_ids, config.vocab_size),
+        ("tag_ids", batch.tag_ids, config.vocab_size),
         ("text_positions", batch.text_positions, config.max_position_embeddings),
         ("tag_positions", batch.tag_positions, config.max_position_embeddings),
         ("text_types", batch.text_types, config.type_vocab_size),
@@ -257,7 +260,8 @@ def check_batch(batch: UnimoBatch, config: UnimoConfig) -> None:
     ):
         if rows and ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
             raise VlscaleError(
-                f"{where}: {name} goes from {int(ids.min())} to {int(ids.max())}, the model has rows 0 to {rows - 1}"
+                f"{where}: {name} goes from {int(ids.min())} to {int(ids.max())}, the model has rows 0 to {rows - 1}; "
+                "take the data and the vocabulary that the model was made for"
             )
     prefix = batch.prefix_len
     if prefix is not None and bool(((prefix < 0) | (prefix > batch.text_lengths)).any()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,59 +11,38 @@ from torch import Tensor
 from vlscale.errors import VlscaleError
 from vlscale.models.generation.cache import KeyValueCache
 from vlscale.models.generation.settings import GenerationSettings
+from vlscale.models.generation.sources import Sources
 from vlscale.models.unimo_batch import UnimoBatch
-from vlscale.ragged import RaggedBatch, cumulative
+from vlscale.ragged import RaggedBatch
 
 if TYPE_CHECKING:
     from vlscale.models.unimo import UnimoForPretraining
 
 
-def sources_of(batch: RaggedBatch) -> UnimoBatch:
-    """The batch without the targets that it may hold: texts end after their ``prefix_len`` tokens."""
-    batch = UnimoBatch.of(batch)
-    if batch.prefix_len is None:
-        return batch
-    owner = batch.text_owner()
-    within = torch.arange(owner.numel(), device=owner.device) - batch.cu_text.long().index_select(0, owner)
-    kept = (within < batch.prefix_len.long().index_select(0, owner)).nonzero()[:, 0]
-    of_text = ("text_positions", "text_types", "role_ids", "turn_ids")
-    given = {name: value for name in of_text if (value := getattr(batch, name)) is not None}
-    return replace(
-        batch,
-        input_ids=batch.input_ids.index_select(0, kept),
-        cu_text=cumulative(batch.prefix_len),
-        **{name: value.index_select(0, kept) for name, value in given.items()},
-        prefix_len=None,
-        sizes=None,
-        max_joint=None,
-        max_text=None,
-    )
-
-
 class Decoder:
     """What searches ask for the scores of next tokens.
 
-    The device is waited for here, once, to learn the lengths of the sources.
-
     Args:
         model: in evaluation mode.
-        batch: the sources, on the device of the model.
+        batch: the sources, on the device of the model; a target in it is left out.
         settings: how to generate.
         hypotheses: per example.
 
     Raises:
-        VlscaleError: a source is empty or has no text to go on from, or the longest text exceeds the position table.
+        VlscaleError: a source is empty or has no text to go on from, the longest text exceeds the position table, or a
+            role or turn of the target has no counterpart in the model or the sources.
     """
 
     def __init__(
-        self, model: UnimoForPretraining, batch: UnimoBatch, settings: GenerationSettings, hypotheses: int
+        self, model: UnimoForPretraining, batch: RaggedBatch, settings: GenerationSettings, hypotheses: int
     ) -> None:
         self.model, self.settings, self.hypotheses = model, settings, hypotheses
-        self.batch, self.size = batch, len(batch)
-        self.lengths: list[int] = batch.cu_joint.diff().tolist()
-        self._check_sources()
+        sources = Sources.read(batch, settings.positions, model.config.first_position)
+        self.batch, self.size, self.lengths = sources.batch, len(sources.lengths), sources.lengths
+        self._first = sources.first
+        self._check_sources(sources.texts)
         self._check_tables()
-        self._first = self._first_positions()
+        self._check_lengths(sources.last_first)
 
     @property
     def device(self) -> torch.device:
@@ -127,7 +105,7 @@ class Decoder:
             turn_ids=None if self.batch.turn_ids is None else torch.full_like(tokens_L, chosen.target_turn_id),
         )  # fmt: skip
 
-    def _check_sources(self) -> None:
+    def _check_sources(self, texts: Sequence[int]) -> None:
         where = f"generate, dataset {self.batch.dataset!r}"
         if not self.size:
             raise VlscaleError(f"{where}: the batch is empty; give at least one example")
@@ -135,41 +113,34 @@ class Decoder:
             raise VlscaleError(
                 f"{where}: example {self.lengths.index(0)} has neither image nor tags nor text; give it one of them"
             )
-        texts: list[int] = self.batch.text_lengths.tolist()
         if self.settings.bos_token_id is None and min(texts) == 0:
             raise VlscaleError(
                 f"{where}: example {texts.index(0)} has no text to go on from; give bos_token_id, which begins one"
             )
 
-    def _first_positions(self) -> Tensor:
-        """int64 [B], position of the first token of each generated text."""
-        config, kind = self.model.config, self.settings.positions
-        lengths = self.batch.text_lengths.long()
-        if kind == "restart":
-            first = torch.full_like(lengths, config.first_position)
-        elif kind == "reference":
-            first = lengths
-        elif self.batch.text_positions is None or not self.batch.text_positions.numel():
-            first = lengths + config.first_position
-        else:
-            last = self.batch.cu_text[1:].long() - 1
-            behind = self.batch.text_positions.index_select(0, last.clamp(min=0)) + 1
-            first = torch.where(lengths > 0, behind, config.first_position)
-        self._check_lengths(int(first.max()))
-        return first
-
     def _check_lengths(self, first: int) -> None:
         steps, rows = self.settings.steps, self.model.config.max_position_embeddings
         needed = first + self.settings.start + steps - 1  # the last token is never run, so it needs no position
         if needed > rows:
+            possible = steps - needed + rows
+            cure = f"lower max_new_tokens (or max_length) to {possible}" if possible > 0 else "shorten the source"
             raise VlscaleError(
                 f"generate: {steps} new tokens from position {first} on need {needed} positions, the model has {rows}; "
-                f"lower max_new_tokens (or max_length) to {max(steps - needed + rows, 0)}"
+                f"{cure}"
             )
 
     def _check_tables(self) -> None:
-        config = self.model.config
-        owned = {"target_type_id": config.type_vocab_size, "target_role_id": config.role_vocab_size}
-        for name, size in {**owned, "target_turn_id": config.turn_vocab_size}.items():
-            if getattr(self.settings, name) >= max(size, 1):
-                raise VlscaleError(f"generate: {name} is {getattr(self.settings, name)}, the model has {size} of them")
+        config, chosen = self.model.config, self.settings
+        for name, target, size, ids in (
+            ("target_type_id", chosen.target_type_id, config.type_vocab_size, self.batch.input_ids),
+            ("target_role_id", chosen.target_role_id, config.role_vocab_size, self.batch.role_ids),
+            ("target_turn_id", chosen.target_turn_id, config.turn_vocab_size, self.batch.turn_ids),
+        ):
+            if target >= max(size, 1):
+                raise VlscaleError(f"generate: {name} is {target}, the model has {size} of them")
+            if target and ids is None:
+                given = name.removeprefix("target_") + "s"
+                raise VlscaleError(
+                    f"generate: {name} is {target}, but dataset {self.batch.dataset!r} gives no {given}, without which "
+                    f"the model uses none; give the sources {given}, or leave {name} out"
+                )

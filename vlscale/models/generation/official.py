@@ -29,12 +29,13 @@ def official_beams(decoder: Decoder, settings: GenerationSettings, rules: Rules,
         ids_LT = book.so_far.index_select(0, live_L)
         top_LK, token_LK = rules.log_probs(logits_LV, ids_LT, step).topk(beams, 1)
         if settings.no_repeat_ngram_size:
-            again_LK = rules.repeating(ids_LT, logits_LV.shape[1]).gather(1, token_LK)
+            again_LK = rules.repeating(ids_LT).gather(1, token_LK)
             top_LK = top_LK + BLOCKED * again_LK
         summed_L1 = worth_R.index_select(0, live_L)[:, None] * gnmt_penalty(step, settings.length_penalty)
         worth_LK = (summed_L1 + top_LK) / gnmt_penalty(step + 1, settings.length_penalty)
+        book.stop(live_L, worth_LK[:, 0] == NEVER)
         candidates_RK = torch.full((size * beams, beams), NEVER, device=device).index_copy(0, live_L, worth_LK)
-        # An ended hypothesis is the only candidate of its own.
+        # A hypothesis that does not go on is the only candidate of its own.
         candidates_RK[:, 0] = torch.where(book.alive, candidates_RK[:, 0], worth_R)
         tokens_RK = torch.full_like(candidates_RK, settings.pad_token_id, dtype=torch.int64)
         tokens_RK = tokens_RK.index_copy(0, live_L, token_LK)
@@ -44,6 +45,7 @@ def official_beams(decoder: Decoder, settings: GenerationSettings, rules: Rules,
         tokens_R = tokens_RK.view(size, beams * beams).gather(1, flat_BK).flatten()
         worth_R = worth_BK.flatten()
         book.reorder(parents_R)
+        book.alive &= worth_R != NEVER  # where there are fewer candidates than beams
         book.append(tokens_R, worth_R, ends)
         if step + 1 == settings.steps:
             break
@@ -51,4 +53,4 @@ def official_beams(decoder: Decoder, settings: GenerationSettings, rules: Rules,
         if not live:
             break
         logits_LV = decoder.step(tokens_R, parents_R, live, live_L)
-    return in_order(book, worth_R.view(size, beams), settings.num_return_sequences)
+    return in_order(book, worth_R.view(size, beams), settings.num_return_sequences, decoder.batch.dataset)

@@ -79,32 +79,37 @@ class _Pool:
         """bool [B]."""
         return (self.worth > NEVER).all(1)
 
-    def result(self, pad: int, kept: int) -> Generated:
-        """The best ones."""
-        size, width = self.size, self.ids.shape[2]
+    def result(self, pad: int, kept: int, dataset: str) -> Generated:
+        """The best ones; see :func:`~vlscale.models.generation.loop.in_order`."""
+        width = self.ids.shape[2]
         within = torch.arange(width, device=self.ids.device) < self.lengths[:, :, None]
+        last = self.running.gather(2, (self.lengths - 1).clamp(min=0)[:, :, None])
         book = Book(
             self.ids.masked_fill(~within, pad).view(-1, width),
-            self.running.view(-1, width),
+            torch.where(within, self.running, last).view(-1, width),
             self.lengths.view(-1),
-            ~self.ended.view(-1),
+            torch.zeros_like(self.ended).view(-1),
+            self.ended.view(-1),
             width,
         )
-        return in_order(book, self.worth.view(size, self.beams), kept)
+        return in_order(book, self.worth, kept, dataset)
 
 
 def pooled_beams(decoder: Decoder, settings: GenerationSettings, rules: Rules, ends: Tensor) -> Generated:
     """Beam search as ``GenerationSettings.scoring`` describes ``huggingface`` and ``paddlenlp``."""
     size, beams, device = decoder.size, settings.num_beams, decoder.device
     told, book = _Convention(settings), Book.open(size * beams, settings, device)
-    pool = _Pool(size, beams, book)
+    pool, wanted = _Pool(size, beams, book), max(2, 1 + len(ends)) * beams
     logits_LV = decoder.begin()
     live_L = torch.arange(size, device=device) * beams
     summed_R = torch.zeros(size * beams, device=device)
     first_B1 = torch.arange(size, device=device)[:, None] * beams
     for step in range(settings.steps):
         last = step + 1 == settings.steps
-        summed_BC, parent_BC, token_BC = _candidates(book, rules, logits_LV, live_L, summed_R, step, len(ends))
+        top_LE, token_LE = _best_tokens(book, rules, logits_LV, live_L, step, wanted)
+        if rules.may_leave_nothing:
+            _keep_stuck(pool, book, live_L, top_LE[:, 0] == NEVER, told.worth_of(summed_R, max(step, 1)))
+        summed_BC, parent_BC, token_BC = _candidates(top_LE, token_LE, live_L, summed_R, beams, wanted)
         # Only the first `beams` candidates may end; those behind are there so that enough go on.
         found_BC = among(token_BC, ends)
         ends_BC = torch.ones_like(found_BC) if last and not told.paddle else found_BC
@@ -122,7 +127,8 @@ def pooled_beams(decoder: Decoder, settings: GenerationSettings, rules: Rules, e
         pool.settled = pool.settled | (pool.full & settles_B)
         if last:
             break
-        book.alive = ~pool.settled.repeat_interleave(beams)
+        # Beams that have no candidate are not run, nor are those of settled examples.
+        book.alive = ~pool.settled.repeat_interleave(beams) & (summed_R != NEVER)
         live, live_L = book.living()
         if not live:
             break
@@ -131,19 +137,32 @@ def pooled_beams(decoder: Decoder, settings: GenerationSettings, rules: Rules, e
         open_BK = told.worth_of(summed_R, settings.steps).view(size, beams)
         shape = (size, beams, book.ids.shape[1])
         pool.add(book.ids.view(shape), book.running.view(shape), book.column, torch.zeros_like(pool.ended), open_BK)
-    return pool.result(settings.pad_token_id, settings.num_return_sequences)
+    return pool.result(settings.pad_token_id, settings.num_return_sequences, decoder.batch.dataset)
+
+
+def _best_tokens(
+    book: Book, rules: Rules, logits_LV: Tensor, live_L: Tensor, step: int, wanted: int
+) -> tuple[Tensor, Tensor]:
+    """The ``wanted`` best next tokens of each live hypothesis, best first: log-probability and token, [L, E]."""
+    log_probs_LV = rules.log_probs(logits_LV, book.so_far.index_select(0, live_L), step)
+    top = log_probs_LV.topk(min(wanted, logits_LV.shape[1]), 1)
+    return top.values, top.indices
+
+
+def _keep_stuck(pool: _Pool, book: Book, live_L: Tensor, stuck_L: Tensor, worth_R: Tensor) -> None:
+    """Pool the live hypotheses that have no next token, as they are."""
+    worth_L = worth_R.index_select(0, live_L).masked_fill(~stuck_L, NEVER)
+    worth_BK = torch.full_like(worth_R, NEVER).index_copy(0, live_L, worth_L).view(pool.size, pool.beams)
+    shape = (pool.size, pool.beams, book.ids.shape[1])
+    none = torch.zeros_like(pool.ended)
+    pool.add(book.ids.view(shape), book.running.view(shape), book.column, none, worth_BK)
 
 
 def _candidates(
-    book: Book, rules: Rules, logits_LV: Tensor, live_L: Tensor, summed_R: Tensor, step: int, ends: int
+    top_LE: Tensor, token_LE: Tensor, live_L: Tensor, summed_R: Tensor, beams: int, wanted: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best continuations of each example, best first: summed log-probability, parent beam, token, all [B, C]."""
-    beams = rules.settings.num_beams
-    wanted = max(2, 1 + ends) * beams
-    each = min(wanted, logits_LV.shape[1])
-    ids_LT = book.so_far.index_select(0, live_L)
-    top_LE, token_LE = rules.log_probs(logits_LV, ids_LT, step).topk(each, 1)
-    rows = summed_R.numel()
+    rows, each = summed_R.numel(), top_LE.shape[1]
     summed_RE = torch.full((rows, each), NEVER, device=top_LE.device)
     summed_RE = summed_RE.index_copy(0, live_L, top_LE + summed_R.index_select(0, live_L)[:, None])
     token_RE = torch.zeros_like(summed_RE, dtype=torch.int64).index_copy(0, live_L, token_LE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlscale.models.generation.ngrams import repeating
 from vlscale.models.generation.settings import GenerationSettings
 
 NEVER = float("-inf")
@@ -23,8 +24,7 @@ class Rules:
 
     def __init__(self, settings: GenerationSettings, vocabulary: int, device: torch.device) -> None:
         self.settings = settings
-        single = [words[0] for words in settings.bad_words_ids if len(words) == 1]
-        self._suppressed = torch.tensor(sorted({*settings.suppress_tokens, *single}), dtype=torch.int64, device=device)
+        self._suppressed = torch.tensor(sorted(settings.suppressed), dtype=torch.int64, device=device)
         self._ends = torch.tensor(settings.ends, dtype=torch.int64, device=device)
         longer = [words for words in settings.bad_words_ids if len(words) > 1]
         self._sequences = [torch.tensor(words, device=device) for words in longer]
@@ -36,6 +36,8 @@ class Rules:
 
         The n-grams of scoring ``official`` are left out: it looks at them after its choice of candidates.
 
+        A hypothesis whose next token would be against the rules, whichever it is, has a row of -inf.
+
         Args:
             logits_LV: scores of the next tokens.
             ids_LT: int64 [L, T], the hypotheses so far.
@@ -45,10 +47,15 @@ class Rules:
         if self.settings.num_beams == 1 or scoring == "huggingface":
             log_probs_LV = self.suppress(logits_LV.log_softmax(1), ids_LT)
         elif scoring == "paddlenlp":
-            log_probs_LV = self.suppress(logits_LV, ids_LT).log_softmax(1)
+            log_probs_LV = _normalised(self.suppress(logits_LV, ids_LT))
         else:
-            return self.lengths(self.suppress(logits_LV, ids_LT), new).log_softmax(1)
+            return _normalised(self.lengths(self.suppress(logits_LV, ids_LT), new))
         return self.repeats(self.lengths(log_probs_LV, new), ids_LT)
+
+    @property
+    def may_leave_nothing(self) -> bool:
+        """Whether a hypothesis may come to have no next token; what is forbidden always is checked beforehand."""
+        return bool(self._sequences or self.settings.no_repeat_ngram_size)
 
     def suppress(self, scores_LV: Tensor, ids_LT: Tensor) -> Tensor:
         """Rule out forbidden tokens and what would complete a forbidden sequence."""
@@ -73,28 +80,11 @@ class Rules:
         """Rule out tokens that would repeat an n-gram."""
         if not self.settings.no_repeat_ngram_size:
             return scores_LV
-        return scores_LV.masked_fill(self.repeating(ids_LT, scores_LV.shape[1]), NEVER)
+        return scores_LV.masked_fill(self.repeating(ids_LT), NEVER)
 
-    def repeating(self, ids_LT: Tensor, vocabulary: int) -> Tensor:
-        """bool [L, V], the tokens after which the last n words have occurred before; the first token begins a word.
-
-        A word that has no end yet counts as it is. Memory is L * T * T bytes and L * V integers.
-        """
-        size, length = self.settings.no_repeat_ngram_size, ids_LT.shape[1]
-        counted_LV = torch.zeros(ids_LT.shape[0], vocabulary, dtype=torch.int32, device=ids_LT.device)
-        if not length:
-            return counted_LV > 0
-        own_LT = self._starts[ids_LT]
-        starts_LT = own_LT.index_fill(1, torch.zeros(1, dtype=torch.int64, device=ids_LT.device), True)
-        same_LT = _common_ends(2 * ids_LT + starts_LT)
-        words_LT = starts_LT.flip(1).cumsum(1).flip(1)  # how many words begin at a position or behind it
-        for begins in (True, False):  # the next token begins a word, or goes on with the last one
-            words = size - 1 if begins else size
-            needed_L = length + 1 - (words_LT >= words).sum(1) if words else torch.zeros_like(words_LT[:, 0])
-            ended_LT = torch.cat([starts_LT[:, 1:], torch.full_like(starts_LT[:, :1], begins)], 1)
-            hit_LT = (same_LT >= needed_L[:, None]) & (own_LT == begins) & (starts_LT == begins) & ended_LT
-            counted_LV.scatter_add_(1, ids_LT, hit_LT.int())
-        return counted_LV > 0
+    def repeating(self, ids_LT: Tensor) -> Tensor:
+        """bool [L, V], the tokens after which the last n words have occurred before (n-gram rule given)."""
+        return repeating(ids_LT, self._starts, self.settings.no_repeat_ngram_size)
 
     def draw(self, log_probs_LV: Tensor, noise_LV: Tensor) -> Tensor:
         """Return int64 [L], tokens drawn with temperature from the ``top_k`` best, and those that hold ``top_p``.
@@ -120,11 +110,6 @@ class Rules:
         return scores_LV
 
 
-def _common_ends(codes_LT: Tensor) -> Tensor:
-    """int64 [L, T], for each position p: how many codes before p equal those before the end, counted backwards."""
-    length = codes_LT.shape[1]
-    backwards_LT = codes_LT.flip(1)
-    padded = torch.cat([backwards_LT, torch.full_like(backwards_LT, -1)], 1)
-    shifted_LDT = padded.unfold(1, length, 1)[:, 1:]  # row d - 1: shifted by d, for the position d before the end
-    equal_LDT = shifted_LDT == backwards_LT[:, None]
-    return equal_LDT.cumprod(2, dtype=torch.uint8).sum(2).flip(1)
+def _normalised(scores_LV: Tensor) -> Tensor:
+    """Log-probabilities; a row of nothing but -inf stays one."""
+    return scores_LV.log_softmax(1).masked_fill(scores_LV == NEVER, NEVER)

@@ -8,7 +8,7 @@ import torch
 
 from vlscale.errors import VlscaleError
 from vlscale.models.folder import parse_config
-from vlscale.models.generation.decoder import Decoder, sources_of
+from vlscale.models.generation.decoder import Decoder
 from vlscale.models.generation.loop import search_or_sample
 from vlscale.models.generation.official import official_beams
 from vlscale.models.generation.pooled import pooled_beams
@@ -27,8 +27,9 @@ def generate(model: UnimoForPretraining, batch: RaggedBatch, **arguments: Any) -
 
     The sources are read once, and each step runs one new token per live hypothesis against the keys and values that
     were kept. Examples may be of different kinds and lengths; nothing is padded. Log-probabilities are float32 whatever
-    the model is. On a GPU the host waits at the beginning, to learn the lengths of the sources (``Decoder``), once per
-    token, to learn which hypotheses live (``Book.living``), and at the end, to learn the longest text (``in_order``).
+    the model is. A GPU is waited for once at the beginning, to learn the sizes of the sources (``Sources.read``), once
+    per token, to learn which hypotheses live (``Book.living``), and once at the end, to learn the longest text and
+    whether all scores are numbers (``in_order``); rules and lengths are copied to it before the first token.
 
     Args:
         model: in evaluation mode, with its word head.
@@ -39,7 +40,8 @@ def generate(model: UnimoForPretraining, batch: RaggedBatch, **arguments: Any) -
 
     Raises:
         VlscaleError: an argument is unknown, out of range or at odds with another; the model is in training mode or has
-            no word head; the batch or a source is empty; a text might grow beyond the position table.
+            no word head; the batch or a source is empty; a text might grow beyond the position table; the rules leave
+            fewer texts than are asked for; scores are not numbers, as NaN among features or weights makes them.
     """
     settings = parse_config(GenerationSettings, arguments, "generate")
     if model.training:
@@ -50,7 +52,7 @@ def generate(model: UnimoForPretraining, batch: RaggedBatch, **arguments: Any) -
     if batch.input_ids.device != device:
         raise VlscaleError(f"generate: the batch is on {batch.input_ids.device}, the model on {device}; move the batch")
     hypotheses = settings.num_beams if settings.num_beams > 1 else settings.num_return_sequences
-    decoder = Decoder(model, sources_of(batch), settings, hypotheses)
+    decoder = Decoder(model, batch, settings, hypotheses)
     rules = Rules(settings, model.config.vocab_size, device)
     ends = torch.tensor(settings.ends, dtype=torch.int64, device=device)
     if settings.num_beams == 1:
