@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.models.batches import random_batch, tiny_model
 from vlscale.errors import VlscaleError
-from vlscale.models.uniter import UniterForPretraining
+from vlscale.models.folder import parse_config
+from vlscale.models.uniter import UniterConfig, UniterForPretraining
 
 
 @pytest.fixture
@@ -154,3 +155,9 @@ def test_both_forms_of_weights_are_refused_and_saving_leaves_one(sharded):
     other.save_pretrained(folder)
     loaded = UniterForPretraining.from_pretrained(folder)
     assert torch.equal(loaded.pooler.dense.weight, other.pooler.dense.weight)
+
+
+def test_a_bad_value_is_told_in_one_line() -> None:
+    with pytest.raises(VlscaleError, match=r"hidden_size: .*found \[") as told:
+        parse_config(UniterConfig, {"hidden_size": [list(range(9))] * 500}, "here")
+    assert "\n" not in str(told.value) and len(str(told.value)) < 300

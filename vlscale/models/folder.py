@@ -53,7 +53,7 @@ def parse_config(kind: type[Config], raw: Mapping[str, Any], origin: str) -> Con
             raise VlscaleError(
                 f"{origin}: unknown key {where!r}{nearest(where, known)} (known: {', '.join(known)}){more}"
             ) from None
-        found = f", found {problem['input']!r}" if where else ""
+        found = f", found {' '.join(repr(problem['input']).split())[:80]}" if where else ""
         message = problem["msg"].removeprefix("Value error, ")
         raise VlscaleError(f"{origin}: {where + ': ' if where else ''}{message}{found}{more}") from None
 
