@@ -6,24 +6,24 @@ Writes ``ROOT/retrieved`` beside ``ROOT/texts``; UNIMO contrasts pairs with what
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
 import vlscale
 from data_tools.build import build_parts
 from data_tools.fingerprint import describe_options, describe_path
 from data_tools.merge import clean, refuse_existing, require_complete
-from data_tools.options import fraction, number, run_of
+from data_tools.options import run_of
 from data_tools.parts import Run, Work
 from data_tools.report import folder_bytes, sum_up
-from data_tools.retrieval.detected import Detections, add_classes
+from data_tools.retrieval.command import add_arguments, check_command, check_embeddings, classes_of, read_embeddings
+from data_tools.retrieval.detected import OBJECTS, Detected
 from data_tools.retrieval.gathering import (
     CollectionBuilder,
     Gathering,
@@ -31,72 +31,48 @@ from data_tools.retrieval.gathering import (
     put_together,
 )
 from data_tools.retrieval.searching import RetrievalBuilder, Search
-from data_tools.rewriting.building import PART_ROWS, build_beside, open_texts, parse_command, publish_folder
+from data_tools.rewriting.building import (
+    PART_ROWS,
+    REMOVE,
+    build_beside,
+    open_texts,
+    parse_command,
+    publish_folder,
+    refuse_useless,
+)
 from data_tools.rewriting.stores import merge_companion
-from vlscale.data.companion_schema import RETRIEVED_COLUMNS, Collection
+from vlscale.data.companion_base import read_companion_meta
+from vlscale.data.companion_schema import RETRIEVED_COLUMNS, Collection, RetrievedMeta
 from vlscale.errors import VlscaleError, one_line_errors
 
-_MOST = 1 << 16
 _STORES = ("images", "classes")
+_GATHERED = (
+    "images",
+    "no_images",
+    "classes_from",
+    "class_probability",
+    "texts",
+    "no_texts",
+    "text_embeddings",
+    "index",
+)
+"""Options that decide what is gathered. The others may change afterwards: only the search begins again."""
+
+_NOTHING = (
+    "NOT ONE candidate was found: no {} were retrieved for any text. Do the collection and the pairs have the classes, "
+    "words or embeddings that the options compare?"
+)
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-k", type=number(1, _MOST), default=100, metavar="N", help="candidates per text (default 100)")
-    images = parser.add_argument_group("images")
-    images.add_argument(
-        "--images", type=Path, metavar="ROOT", help="retrieve images of this dataset (default: its own)"
-    )
-    images.add_argument("--no-images", action="store_true", help="retrieve no images")
-    images.add_argument(
-        "--overlap", type=fraction, default=0.5, metavar="X",
-        help="least overlap of detected classes (default 0.5); 0: rank by features alone",
-    )  # fmt: skip
-    images.add_argument(
-        "--overlap-of", choices=("jaccard", "share"), default="jaccard",
-        help="common classes among those of both images (default), or among the pair's",
-    )  # fmt: skip
-    images.add_argument("--fill", action="store_true", help="fill lists up with similar images of other classes")
-    images.add_argument(
-        "--pool", type=number(1, _MOST), default=1000, metavar="N",
-        help="most similar images among which overlapping ones are looked for (default 1000)",
-    )  # fmt: skip
-    add_classes(images)
-    _add_texts(parser.add_argument_group("texts"))
-    vectors = parser.add_argument_group("index of features and embeddings")
-    vectors.add_argument(
-        "--index", choices=("auto", "flat", "ivf"), default="auto",
-        help="flat: exact; ivf: an inverted file; auto: flat up to 100,000 (default)",
-    )  # fmt: skip
-    vectors.add_argument(
-        "--probes", type=number(1, _MOST), default=32, metavar="N", help="lists searched with ivf (default 32)"
-    )
-
-
-def _add_texts(group: Any) -> None:
-    group.add_argument("--texts", type=Path, metavar="ROOT", help="retrieve texts of this dataset (default: its own)")
-    group.add_argument("--no-texts", action="store_true", help="retrieve no texts")
-    group.add_argument(
-        "--text-embeddings", type=Path, metavar="FILE", help=".npy, a row per text of the collection (default: TF-IDF)"
-    )
-    group.add_argument("--caption-embeddings", type=Path, metavar="FILE", help=".npy, a row per text of ROOT")
-    group.add_argument(
-        "--postings", type=number(1, 1 << 31), default=5000, metavar="N",
-        help="texts looked at per word with TF-IDF (default 5000)",
-    )  # fmt: skip
-
-
-def _gathering(options: argparse.Namespace) -> Gathering:
+def _gathering(options: argparse.Namespace, arguments: Sequence[str]) -> Gathering:
     """Open everything, so that a mistake ends the command before hours of work."""
-    if options.no_images and options.no_texts:
-        raise VlscaleError("--no-images --no-texts: nothing would be retrieved; leave one out")
-    if (options.text_embeddings is None) != (options.caption_embeddings is None):
-        raise VlscaleError("--text-embeddings and --caption-embeddings belong together; give both or neither")
     images = queries = None
     if not options.no_images:
-        own = Detections(options.out, options.classes_from, options.class_probability)
-        images = Detections(options.images or options.out, options.classes_from, options.class_probability)
+        own, images = classes_of(options.out, options), classes_of(options.images or options.out, options)
         queries = None if same_folder(images.root, own.root) else own
-        _check_images(images, own, options.overlap)
+        _check_images(images.open(), own.open(), options.overlap)
+        if not (images.open().in_classes or own.open().in_classes):
+            refuse_useless(arguments, ("--class-probability",), "where no classes come from classes/")
     texts = None if options.no_texts else options.texts or options.out
     return Gathering(images, queries, texts, options.text_embeddings is None)
 
@@ -106,8 +82,7 @@ def same_folder(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve()
 
 
-def _check_images(collection: Detections, own: Detections, overlap: float) -> None:
-    theirs, mine = collection.open(), own.open()
+def _check_images(theirs: Detected, mine: Detected, overlap: float) -> None:
     if not len(theirs.images):
         raise VlscaleError(f"{theirs.images.folder}: has no images; name another dataset, or give --no-images")
     widths = theirs.images.meta.feature_dim, mine.images.meta.feature_dim
@@ -119,32 +94,19 @@ def _check_images(collection: Detections, own: Detections, overlap: float) -> No
     for found in (theirs, mine):
         if overlap and not found.known:
             raise VlscaleError(
-                f"{found.images.folder}: no detected classes are known (no extra.{own.field}, no classes/); name "
+                f"{found.images.folder}: no detected classes are known (no extra.{OBJECTS}, no classes/); name "
                 f"another field with --classes-from, or give --overlap 0"
             )
+    if overlap:
+        theirs.require_comparable(mine)
 
 
-def read_embeddings(path: Path | None, rows: int) -> NDArray[Any] | None:
-    """Memory-map embeddings, float16 or float32 [rows, E].
-
-    Raises:
-        VlscaleError: the file is damaged, of another shape or dtype, or has NaN or infinity.
-    """
-    if path is None:
-        return None
-    try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise VlscaleError(f"{path}: not a plain .npy array ({' '.join(str(error).split())[:200]})") from None
-    good = isinstance(found, np.ndarray) and found.ndim == 2 and found.dtype in (np.float16, np.float32)
-    if not good or found.shape[0] != rows or not found.shape[1]:
-        shape = f"{found.dtype} {list(found.shape)}" if isinstance(found, np.ndarray) else type(found).__name__
-        raise VlscaleError(f"{path}: found {shape}, expected float16 or float32 [{rows}, E], a row per text")
-    for begin in range(0, rows, 1 << 16):
-        bad = ~np.isfinite(found[begin : begin + (1 << 16)]).all(1)
-        if bad.any():
-            raise VlscaleError(f"{path}: row {begin + int(np.argmax(bad))} has NaN or infinity; leave none")
-    return found
+def _classes_told(gathering: Gathering, overlap: float) -> dict[str, str]:
+    """Where classes come from, for the report."""
+    if gathering.images is None or not overlap:
+        return {}
+    told = {"classes": gathering.images.open().source}
+    return told if gathering.queries is None else {**told, "classes of the pairs": gathering.queries.open().source}
 
 
 def _search(options: argparse.Namespace, gathering: Gathering) -> Search:
@@ -179,27 +141,48 @@ def gather(
     """
     parts = collection_parts(gathering, PART_ROWS)
     sources = [describe_path(path) for path in _sources(gathering)]
-    work.begin({"vlscale": vlscale.__version__, "build": describe_options(options), "from": sources, "parts": parts})
+    chosen = describe_options(argparse.Namespace(**{name: getattr(options, name) for name in _GATHERED}))
+    work.begin({"vlscale": vlscale.__version__, "build": chosen, "from": sources, "parts": parts})
     build_parts(work, parts, run, CollectionBuilder(gathering), console)
     if run.shard is not None and any(work.result(place) is None for place in range(len(parts))):
         return None
     results = require_complete(work, len(parts))
-    rows = 0 if gathering.texts is None else len(open_texts(gathering.texts))
-    embeddings = read_embeddings(options.text_embeddings, rows)
-    publish_folder(work, lambda folder: put_together(work, parts, options.index, embeddings, folder))
+    embeddings = None
+    if options.text_embeddings is not None and gathering.texts is not None:
+        embeddings = read_embeddings(options.text_embeddings, len(open_texts(gathering.texts)))
+    publish_folder(work, lambda folder: put_together(work, parts, options.index, embeddings, folder), console)
+    for place in range(len(parts)):  # of mean features alone as much again as what was made of them
+        for array in work.part(place).glob("*.npy"):
+            array.unlink(missing_ok=True)
     told: dict[str, int] = sum_up(results)["told"]
     return told
 
 
 def fill_retrieved(
-    work: Work, results: list[dict[str, Any]], folder: Path, gathered: Mapping[str, int]
+    work: Work, results: list[dict[str, Any]], folder: Path, gathered: Mapping[str, int], told_first: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Put ``retrieved`` together."""
+    """Put ``retrieved`` together; ``told_first`` begins the report."""
     parts = [work.part(place) / "retrieved" for place in range(len(results))]
     merge_companion("retrieved", RETRIEVED_COLUMNS, parts, folder / "retrieved")
     found = sum_up(results)
     told = {**found["told"], **{name: count for name, count in gathered.items() if count}}
-    return {"rows": found["rows"], "told": told, "bytes_retrieved": folder_bytes(folder / "retrieved")}
+    report = {"rows": found["rows"], **told_first, "told": told, "bytes_retrieved": folder_bytes(folder / "retrieved")}
+    meta = read_companion_meta(RetrievedMeta, folder / "retrieved")
+    asked = {"images": meta.image_collection, "texts": meta.text_collection}
+    empty = [kind for kind, collection in asked.items() if collection and not told.get(f"{kind}: candidates")]
+    if empty:
+        report["warning"] = _NOTHING.format(" and no ".join(empty))
+    return report
+
+
+def _refuse_built(root: Path, first: Work, second: Work) -> None:
+    """Raise if ``retrieved`` stands there; a run that was killed when it was complete may have left its first stage."""
+    target = root / "retrieved"
+    if second.merged.exists() or not os.path.lexists(target):
+        return
+    if second.recorded() is None:
+        clean(first)
+    refuse_existing(target, REMOVE)
 
 
 def run(arguments: Sequence[str], console: Console | None = None) -> dict[str, Any] | None:
@@ -207,24 +190,25 @@ def run(arguments: Sequence[str], console: Console | None = None) -> dict[str, A
 
     Raises:
         VlscaleError: see :func:`data_tools.rewriting.building.build_beside`; stores that are missing, or whose
-            features or embeddings do not fit each other.
+            features, classes or embeddings do not fit each other; options that contradict each other or change nothing.
     """
-    options = parse_command("build_retrieval", "Retrieve images and texts for pairs.", arguments, _add_arguments)
+    options = parse_command("build_retrieval", "Retrieve images and texts for pairs.", arguments, add_arguments)
+    check_command(options, arguments)
     console = console or Console(stderr=True)
     root: Path = options.out
-    if not Work(root, "retrieved").merged.exists():
-        refuse_existing(root / "retrieved")
-    rows, gathering = len(open_texts(root)), _gathering(options)
-    read_embeddings(options.caption_embeddings, rows)
+    first = Work(root, "collections")
+    _refuse_built(root, first, Work(root, "retrieved"))
+    rows, gathering = len(open_texts(root)), _gathering(options, arguments)
     search = _search(options, gathering)
+    if not options.merge:
+        check_embeddings(options, search.texts.rows if search.texts else None, rows)
     for name in ("images", "texts"):  # their indexes tell what they hold; the folders may get other stores meanwhile
         setattr(options, name, "another dataset" if getattr(options, name) else None)
-    first = Work(root, "collections")
     gathered = gather(options, first, run_of(options), gathering, console)
     if gathered is None:
         console.print("other shares gather still; give the command again when every share has ended, then --merge")
         return None
-    fill = partial(fill_retrieved, gathered=gathered)
+    fill = partial(fill_retrieved, gathered=gathered, told_first=_classes_told(gathering, options.overlap))
     builder = RetrievalBuilder(root, first.merged, search)
     report = build_beside("retrieved", options, builder, fill, _sources(gathering), console)
     if report is not None:

@@ -79,8 +79,7 @@ class UnitBuilder:
         """Write the part's ``units``, ``vocabulary.json`` and, of captions, ``terms.npy`` into ``folder``."""
         counting, kinds, counts = Counting(), np.zeros(len(_KINDS), np.int64), Counter[str]()
         paired, terms, per_row = len(self.texts.image_refs) > 0, [], []
-        fingerprint = self.texts.meta.vocabulary.fingerprint
-        with rare_collections(), UnitWriter(folder, fingerprint, self.parser.name) as writer:
+        with rare_collections(), UnitWriter(folder, self.texts, self.parser.name) as writer:
             for rows in counted_chunks(part):
                 found = decode_rows(self.texts, rows)
                 analyses = self.parser.analyse([row["text"] for row in found])

@@ -139,11 +139,11 @@ def clean(work: Work) -> None:
         work.folder.rmdir()
 
 
-def refuse_existing(target: Path) -> None:
+def refuse_existing(target: Path, cure: str = "remove it or choose another --out") -> None:
     """Raise if there is something under a store's name.
 
     Raises:
         VlscaleError: there is.
     """
     if os.path.lexists(target):
-        raise VlscaleError(f"{target}: exists already and is not overwritten; remove it or choose another --out")
+        raise VlscaleError(f"{target}: exists already and is not overwritten; {cure}")

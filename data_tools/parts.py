@@ -132,8 +132,14 @@ class Work:
         return None
 
     @contextmanager
-    def lock(self, name: str, exclusive: bool = True) -> Iterator[None]:
+    def lock(self, name: str, exclusive: bool = True, waiting: Callable[[], None] | None = None) -> Iterator[None]:
         """Hold a lock among the processes that work on this build; it ends with the process.
+
+        Args:
+            name: of the lock.
+            exclusive: nobody else holds it; otherwise others who do not ask for that may.
+            waiting: called when another process has held it for 10 s, and then it is waited for without limit; None
+                raises.
 
         Raises:
             VlscaleError: another process has held it for 10 s.
@@ -141,16 +147,19 @@ class Work:
         path = self.folder / f".{self.kind}-{name}.lock"
         self.folder.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
-            deadline = time.monotonic() + LOCK_SECONDS
+            deadline, told = time.monotonic() + LOCK_SECONDS, False
             while True:
                 try:
                     fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise VlscaleError(
-                            f"{path}: another process works on {self.kind} {name}; wait until it has ended"
-                        ) from None
+                    if not told and time.monotonic() > deadline:
+                        if waiting is None:
+                            raise VlscaleError(
+                                f"{path}: another process works on {self.kind} {name}; wait until it has ended"
+                            ) from None
+                        waiting()
+                        told = True
                     time.sleep(0.1)
                 except OSError:
                     break  # a file system without locks: renames still keep parts whole

@@ -104,10 +104,10 @@ def collect_dropped(work: Work, parts: int, target: Path, skip: bool) -> None:
         raise VlscaleError(f"{row}; --on-error skip leaves such rows out and lists them")
 
 
-def show_report(root: Path, kind: str, console: Console) -> None:
-    """Print a report as a table."""
+def show_report(root: Path, kind: str, console: Console, done: str = "imported into") -> None:
+    """Print a report as a table; its title is ``KIND DONE ROOT``."""
     report = json.loads((root / f"report-{kind}.json").read_text(encoding="utf-8"))
-    table = Table(title=f"{kind} imported into {root}", show_header=False)
+    table = Table(title=f"{kind} {done} {root}", show_header=False)
     table.add_column("what")
     table.add_column("how many", justify="right")
     for name, value in report.items():
@@ -118,7 +118,8 @@ def show_report(root: Path, kind: str, console: Console) -> None:
         elif isinstance(value, dict):
             rows = _bins(value) if name.endswith("histogram") else value
             for key, number in rows.items():
-                table.add_row(f"{name.removesuffix(' histogram')}: {key}", _number(number))
+                of = "" if name == "told" else f"{name.removesuffix(' histogram')}: "
+                table.add_row(of + key, _number(number))
         else:
             table.add_row(name.replace("_", " "), _number(value))
     console.print(table)

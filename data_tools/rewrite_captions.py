@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_tools.options import number
 from data_tools.parts import Work
 from data_tools.report import folder_bytes, sum_up
-from data_tools.retrieval.detected import Detections, add_classes
+from data_tools.retrieval.detected import CLASS_OPTIONS, Detections, add_classes
 from data_tools.rewriting.back_translation import Translation
-from data_tools.rewriting.building import build_beside, parse_command
+from data_tools.rewriting.building import build_beside, parse_command, refuse_useless
 from data_tools.rewriting.captions import RewriteBuilder, Wanted
 from data_tools.rewriting.stores import merge_companion
 from vlscale.data.companion_schema import REWRITE_COLUMNS
@@ -76,6 +77,18 @@ def _add_translation(group: Any) -> None:
     group.add_argument("--batch", type=number(1, 1 << 16), default=32, metavar="N", help="captions at a time")
 
 
+def _check_command(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Refuse options that contradict each other or have no effect."""
+    if options.translator is None and options.back_translator is None:
+        of_models = ("--paraphrases", "--device", "--batch")
+        refuse_useless(arguments, of_models, "without --translator and --back-translator")
+    if not options.per_kind:
+        of_kinds = ("--min-count", "--most", "--any-attribute", "--vocabulary")
+        refuse_useless(arguments, of_kinds, "with --per-kind 0, where nothing is replaced")
+    if options.ignore_regions:
+        refuse_useless(arguments, CLASS_OPTIONS, "with --ignore-regions")
+
+
 def _wanted(options: argparse.Namespace) -> Wanted:
     translation = None
     if (options.translator is None) != (options.back_translator is None):
@@ -100,11 +113,28 @@ def _wanted(options: argparse.Namespace) -> Wanted:
     )
 
 
-def fill_rewrites(work: Work, results: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Put ``rewrites`` together."""
+def _classes_told(builder: RewriteBuilder, options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, str]:
+    """Where the classes of the regions come from, for the report.
+
+    Raises:
+        VlscaleError: options name classes that cannot be used.
+    """
+    found = builder.detected
+    if found is None:
+        refuse_useless(arguments, CLASS_OPTIONS, "where no classes of the images are known by name")
+        return {"classes of regions": "ignored" if options.ignore_regions else "no names are known"}
+    if not found.in_classes:
+        refuse_useless(arguments, ("--class-probability",), "where no classes come from classes/")
+    return {"classes of regions": found.source}
+
+
+def fill_rewrites(
+    work: Work, results: list[dict[str, Any]], folder: Path, told_first: Mapping[str, str]
+) -> dict[str, Any]:
+    """Put ``rewrites`` together; ``told_first`` begins the report."""
     parts = [work.part(part) / "rewrites" for part in range(len(results))]
     merge_companion("rewrites", REWRITE_COLUMNS, parts, folder / "rewrites")
-    return {**sum_up(results), "bytes_rewrites": folder_bytes(folder / "rewrites")}
+    return {**told_first, **sum_up(results), "bytes_rewrites": folder_bytes(folder / "rewrites")}
 
 
 def run(arguments: Sequence[str]) -> dict[str, Any] | None:
@@ -114,13 +144,15 @@ def run(arguments: Sequence[str]) -> dict[str, Any] | None:
         VlscaleError: see :func:`data_tools.rewriting.building.build_beside`.
     """
     options = parse_command("rewrite_captions", "Rewrite captions.", arguments, _add_arguments)
+    _check_command(options, arguments)
     builder = RewriteBuilder(options.out, _wanted(options))
     builder.check()
+    fill = partial(fill_rewrites, told_first=_classes_told(builder, options, arguments))
     others = [options.out / "units" / "index.json"]
     if builder.detected is not None:
         stores = (options.out / name / "index.json" for name in ("images", "classes"))
         others += [path for path in stores if path.exists()]
-    return build_beside("rewrites", options, builder, fill_rewrites, others)
+    return build_beside("rewrites", options, builder, fill, others)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

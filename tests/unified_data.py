@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from data_tools.rewriting.stores import RewriteWriter, UnitWriter
 from tests.helpers import make_dataset, make_vocabulary
+from vlscale.data.companion_base import meta_of
 from vlscale.data.companion_schema import RETRIEVED_COLUMNS, Collection, RetrievedMeta, Rewrite
 from vlscale.data.dataset import Dataset, open_dataset
 from vlscale.data.schema import Vocabulary
@@ -56,7 +57,7 @@ def vocabulary_of(dataset: Dataset) -> Vocabulary:
 def write_units(root: Path, dataset: Dataset) -> None:
     """Units of one to four word pieces."""
     rng = np.random.default_rng(4)
-    with UnitWriter(root, vocabulary_of(dataset).fingerprint, "random") as writer:
+    with UnitWriter(root, dataset.texts, "random") as writer:
         for row in range(len(dataset)):
             ends, tokens = [0], int(dataset.lengths.tokens[row])
             while ends[-1] < tokens:
@@ -70,7 +71,7 @@ def write_rewrites(root: Path, dataset: Dataset) -> None:
     """Up to two captions that say the same, and up to four that do not; some texts have none."""
     rng = np.random.default_rng(5)
     words = vocabulary_of(dataset)
-    with RewriteWriter(root, words, 0) as writer:
+    with RewriteWriter(root, dataset.texts, 0) as writer:
         for row in range(len(dataset)):
             views: list[tuple[Rewrite, list[int]]] = []
             for number in range(0 if row % 7 == 3 else int(rng.integers(1, 7))):
@@ -114,7 +115,7 @@ def write_retrieved(root: Path, pairs: Dataset, images: Dataset, texts: Dataset)
 
     meta = make_meta(
         RetrievedMeta,
-        fingerprint=vocabulary_of(pairs).fingerprint,
+        **meta_of(pairs.texts),
         image_collection=collection(images.images),
         text_collection=collection(texts.texts),
         k=4,

@@ -18,6 +18,9 @@ from vlscale.errors import VlscaleError
 OBJECTS = "objects"
 """Field of ``extra`` in which the import tools keep a class, or its name, per region."""
 
+CLASS_OPTIONS = ("--classes-from", "--class-probability")
+"""What :func:`add_classes` adds."""
+
 PROBABILITY = 0.2
 _IMAGES = 64
 
@@ -26,9 +29,9 @@ def add_classes(group: Any) -> None:
     """Add the options of where classes are looked for."""
     group.add_argument(
         "--classes-from",
-        default=OBJECTS,
         metavar="FIELD",
-        help="field of extra with a class per region (default objects); without it, the best classes of classes/",
+        help="field of extra with a class per region (default: objects where images have it, or the best classes of "
+        "classes/)",
     )
     group.add_argument(
         "--class-probability",
@@ -45,19 +48,19 @@ class Detections:
 
     Attributes:
         root: the dataset's folder.
-        field: of ``extra``.
+        field: of ``extra``, which must be there; None: ``objects`` if it is there, otherwise ``classes/``.
         probability: least one of a region's best class in ``classes/``.
     """
 
     root: Path
-    field: str = OBJECTS
+    field: str | None = None
     probability: float = PROBABILITY
 
     def open(self) -> Detected:
         """Open the stores.
 
         Raises:
-            VlscaleError: one is missing or damaged.
+            VlscaleError: one is missing or damaged, or no image has the field.
         """
         return Detected(self)
 
@@ -85,9 +88,20 @@ class Detected:
                 f"{self.images.region_ptr.total} regions; build it again"
             )
         first = self._of_extra(range(min(_IMAGES, len(self.images))))
+        there = any(items is not None for items in first)
+        if where.field is not None and first and not there:
+            raise VlscaleError(
+                f"{folder}: none of the first {len(first)} images has a list extra.{where.field}; name the field that "
+                f"has a class per region with --classes-from, or leave it out"
+            )
         self._spelled = any(isinstance(item, str) for items in first for item in items or [])
         # How the numbers of extra count is the detector's own affair; names in classes/ go with classes/.
-        self._in_extra = self._spelled or (any(items is not None for items in first) and self._names is None)
+        self._in_extra = there and (self._spelled or where.field is not None or self._names is None)
+
+    @property
+    def in_classes(self) -> bool:
+        """They are the best classes of ``classes/``."""
+        return self._classes is not None and not self._in_extra
 
     @property
     def known(self) -> bool:
@@ -97,7 +111,41 @@ class Detected:
     @property
     def named(self) -> bool:
         """Classes have names, not only numbers."""
-        return self._names is not None or self._spelled
+        return self._spelled if self._in_extra else self._names is not None
+
+    @property
+    def source(self) -> str:
+        """Where the classes come from, for people."""
+        what = "names" if self.named else "numbers"
+        if self._in_extra:
+            return f"{what} in extra.{self._field}"
+        return "nowhere" if self._classes is None else f"{what} of the {self._classes.meta.num_classes} in classes/"
+
+    def require_comparable(self, other: Detected) -> None:
+        """Raise unless an equal class of both images means the same thing.
+
+        Raises:
+            VlscaleError: names here and numbers there, numbers of different places, or other classes.
+        """
+        same = self.named == other.named
+        if self.in_classes and other.in_classes:
+            assert self._classes is not None
+            assert other._classes is not None
+            mine, theirs = self._classes.meta, other._classes.meta
+            same = (mine.num_classes, mine.class_names) == (theirs.num_classes, theirs.class_names)
+        elif not self.named:
+            same = same and self.in_classes == other.in_classes
+        if not same:
+            both = " (of other names)" if self.source == other.source else ""
+            raise VlscaleError(
+                f"{self.images.folder}: its classes are {self.source}, those of {other.images.folder} are "
+                f"{other.source}{both}, and cannot be compared with them; name a field that both have with "
+                f"--classes-from, or give --overlap 0"
+            )
+
+    @property
+    def _field(self) -> str:
+        return self._where.field or OBJECTS
 
     @property
     def _names(self) -> list[str] | None:
@@ -124,7 +172,7 @@ class Detected:
 
     def _of_extra(self, rows: Sequence[int]) -> list[list[Any] | None]:
         extras = (row["extra"] for row in decode_rows(self.images, rows, ("extra",)))
-        values = [extra.get(self._where.field) if isinstance(extra, dict) else None for extra in extras]
+        values = [extra.get(self._field) if isinstance(extra, dict) else None for extra in extras]
         return [value if isinstance(value, list) else None for value in values]
 
     def _best(self, rows: Sequence[int]) -> list[list[str]]:

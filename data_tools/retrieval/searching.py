@@ -23,6 +23,13 @@ from data_tools.under_way import counted
 from vlscale.data.companion_schema import Collection
 from vlscale.data.store import TextStore
 
+MOST_OWN = 4096
+"""Rows of a text's own beyond which candidates are looked for no deeper: of a text that stands in a corpus a hundred
+thousand times, each copy would otherwise sort a hundred thousand."""
+
+_POOL = 4
+"""Texts per candidate whose cosines are computed exactly, where not all texts of each word are looked at."""
+
 
 @dataclass(frozen=True)
 class Search:
@@ -92,8 +99,7 @@ class RetrievalBuilder:
         """Write the part's ``retrieved`` into ``folder``."""
         told, texts, search = Counter[str](), self._texts, self.search
         rows = counted(range(part["begin"], part["end"]))
-        fingerprint = texts.meta.vocabulary.fingerprint
-        with RetrievedWriter(folder, fingerprint, search.images, search.texts, search.k) as writer:
+        with RetrievedWriter(folder, texts, search.images, search.texts, search.k) as writer:
             for chunk in chunks(part):
                 found = decode_rows(texts, chunk, ("id", "text", "images"))
                 images = [NOTHING] * len(found)
@@ -119,6 +125,21 @@ def count_lengths(what: str, found: Sequence[Found], k: int, told: Counter[str])
     told[f"{what}: candidates"] += sum(sizes)
     told[f"{what}: shorter lists than asked for"] += sum(size < k for size in sizes)
     told[f"{what}: empty lists"] += sizes.count(0)
+
+
+def depths_of(what: str, own: Sequence[NDArray[Any]], wanted: int, told: Counter[str]) -> list[int]:
+    """How many of the nearest rows to look at, so that ``wanted`` are left without ``own``; counts where not all are.
+
+    Args:
+        what: is looked for.
+        own: of each query, the rows that are its own.
+        wanted: rows per query.
+        told: counts.
+    """
+    told[f"{what}: lists of texts with more than {MOST_OWN:,} rows of their own"] += sum(
+        len(each) > MOST_OWN for each in own
+    )
+    return [wanted + min(len(each), MOST_OWN) for each in own]
 
 
 class ImageSearch:
@@ -152,8 +173,7 @@ class ImageSearch:
         search = self._search
         pool = search.k if not search.overlap else max(search.pool, search.k)
         queries = np.asarray(self._queries[[row for row, _ in distinct]])
-        most = pool + max(map(len, own), default=0)
-        nearest = self._index.nearest(queries, most)
+        nearest = self._index.nearest_of(queries, depths_of("images", own, pool, told))
         known: dict[Any, tuple[Found, int]] = {(-1, ()): (NOTHING, 0)}
         for key, mine, (found, cosines) in zip(distinct, own, nearest, strict=True):
             others = np.flatnonzero(~np.isin(found, mine))[:pool]
@@ -208,28 +228,42 @@ class TextSearch:
             )
             for caption in captions
         ]
-        found = self._by_vectors(rows, own) if self._terms is None else self._by_words(rows, captions, own)
+        depths = depths_of("texts", own, self._search.k, told)
+        if self._terms is None:
+            found = self._by_vectors(rows, own, depths)
+        else:
+            found = self._by_words(rows, captions, own, depths)
         count_lengths("texts", found, self._search.k, told)
         return found
 
     def _by_words(
-        self, rows: Sequence[int], captions: Sequence[Mapping[str, Any]], own: Sequence[NDArray[Any]]
+        self,
+        rows: Sequence[int],
+        captions: Sequence[Mapping[str, Any]],
+        own: Sequence[NDArray[Any]],
+        depths: Sequence[int],
     ) -> list[Found]:
         assert self._terms is not None
         found = []
-        for row, caption, mine in zip(rows, captions, own, strict=True):
-            start = row * self._count // self._captions
-            nearest = self._terms.nearest(caption["text"], self._search.k + len(mine), start)
-            others = np.asarray([one for one, _ in nearest], np.int64)
-            found.append(self._without(others, np.asarray([cosine for _, cosine in nearest]), mine))
+        for row, caption, mine, depth in zip(rows, captions, own, depths, strict=True):
+            text, start = caption["text"], row * self._count // self._captions
+            cut = self._terms.is_cut(text)
+            nearest = self._terms.nearest(text, depth + (_POOL - 1) * self._search.k * cut, start)
+            others = np.asarray([one for one, _ in nearest], np.int32)
+            cosines = np.asarray([cosine for _, cosine in nearest])
+            if cut:  # these are lower bounds: words were passed over
+                cosines = self._terms.cosines(text, others)
+                order = np.lexsort((others, -np.round(cosines, 6)))
+                others, cosines = others[order], cosines[order]
+            found.append(self._without(others, cosines, mine))
         return found
 
-    def _by_vectors(self, rows: Sequence[int], own: Sequence[NDArray[Any]]) -> list[Found]:
+    def _by_vectors(self, rows: Sequence[int], own: Sequence[NDArray[Any]], depths: Sequence[int]) -> list[Found]:
         assert self._vectors is not None
         queries = normalise(np.asarray(self._embeddings[rows[0] : rows[-1] + 1]))
-        nearest = self._vectors.nearest(queries, self._search.k + max(map(len, own), default=0))
+        nearest = self._vectors.nearest_of(queries, depths)
         return [self._without(*each, mine) for each, mine in zip(nearest, own, strict=True)]
 
-    def _without(self, rows: NDArray[np.int64], cosines: NDArray[Any], own: NDArray[Any]) -> Found:
+    def _without(self, rows: NDArray[Any], cosines: NDArray[Any], own: NDArray[Any]) -> Found:
         kept = np.flatnonzero(~np.isin(rows, own))[: self._search.k]
         return Found(rows[kept].astype(np.int32), cosines[kept].astype(np.float32))

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlscale.data.companion_base import meta_of
 from vlscale.data.companion_schema import RETRIEVED_COLUMNS, Collection, RetrievedMeta
+from vlscale.data.store import TextStore
 from vlscale.data.writer_base import StoreWriter, make_meta
 
 SHARD_BYTES = 16 << 20
@@ -31,15 +33,15 @@ class RetrievedWriter(StoreWriter):
 
     Args:
         root: the dataset's folder.
-        fingerprint: of the texts' vocabulary.
+        beside: the texts that candidates are for, all of them.
         images, texts: what candidates are rows of; None where none are retrieved.
         k: most candidates per text.
     """
 
     def __init__(
-        self, root: Path, fingerprint: str, images: Collection | None, texts: Collection | None, k: int
+        self, root: Path, beside: TextStore, images: Collection | None, texts: Collection | None, k: int
     ) -> None:
-        meta = make_meta(RetrievedMeta, fingerprint=fingerprint, image_collection=images, text_collection=texts, k=k)
+        meta = make_meta(RetrievedMeta, **meta_of(beside), image_collection=images, text_collection=texts, k=k)
         super().__init__(root, "retrieved", meta, RETRIEVED_COLUMNS, SHARD_BYTES, None)
         self._images: list[int] = []
         self._texts: list[int] = []

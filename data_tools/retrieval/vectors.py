@@ -6,6 +6,7 @@ alone, and parts are searched side by side anyway.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,6 +113,21 @@ class VectorIndex:
             for number in range(len(block)):
                 found.append(self._ordered(block[number], rows[number], cosines[number]))
         return found or [(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in queries]
+
+    def nearest_of(
+        self, queries: NDArray[np.float32], counts: Sequence[int]
+    ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """:meth:`nearest`, with a count for each query, so that one that needs many does not slow the others down.
+
+        What is found of a query does not depend on the other ones: it is searched as deep as the next power of two.
+        """
+        depths = np.asarray([1 << max(0, int(count) - 1).bit_length() for count in counts], np.int64)
+        found: dict[int, tuple[NDArray[np.int64], NDArray[np.float32]]] = {}
+        for depth in np.unique(depths).tolist():
+            some = np.flatnonzero(depths == depth)
+            for number, (rows, cosines) in zip(some.tolist(), self.nearest(queries[some], depth), strict=True):
+                found[number] = rows[: counts[number]], cosines[: counts[number]]
+        return [found[number] for number in range(len(queries))]
 
     def _ordered(
         self, query: NDArray[np.float32], rows: NDArray[np.int64], cosines: NDArray[np.float32]

@@ -26,6 +26,9 @@ from data_tools.report import show_report, write_report
 from vlscale.data.store import TextStore
 from vlscale.errors import VlscaleError
 
+REMOVE = "remove it to build it again"
+"""The cure where a store stands there already; these tools have no ``--out``."""
+
 PART_ROWS = 5_000
 CHUNK_ROWS = 512
 _COLLECT_AFTER = 1_000_000
@@ -44,6 +47,22 @@ def parse_command(
     add_own(parser)
     add_share(parser)
     return parser.parse_args(arguments)
+
+
+def refuse_useless(arguments: Sequence[str], names: Sequence[str], because: str) -> None:
+    """Refuse options of a command line that would change nothing.
+
+    Args:
+        arguments: the command line.
+        names: options, such as ``--pool``.
+        because: why not, after the option's name: ``has no effect BECAUSE``.
+
+    Raises:
+        VlscaleError: one of them is given.
+    """
+    for name in names:
+        if any(one == name or one.startswith(f"{name}=") for one in arguments):
+            raise VlscaleError(f"{name} has no effect {because}; leave it out")
 
 
 def open_texts(root: Path) -> TextStore:
@@ -100,7 +119,7 @@ def build_beside(
     console, run = console or Console(stderr=True), run_of(options)
     work = Work(run.root, kind)
     if not work.merged.exists():
-        refuse_existing(run.root / kind)
+        refuse_existing(run.root / kind, REMOVE)
     parts = parts_of(len(open_texts(run.root)))
     sources = [describe_path(path) for path in (run.root / "texts" / "index.json", *others)]
     work.begin({"vlscale": vlscale.__version__, "build": describe_options(options), "from": sources, "parts": parts})
@@ -108,7 +127,7 @@ def build_beside(
         with work.lock("merge", exclusive=False):
             build_parts(work, parts, run, builder, console)
     if run.shard is not None:
-        console.print(f"built parts {run.shard[0]} of every {run.shard[1]}; give --merge when all are built")
+        console.print(f"share {run.shard[0]}/{run.shard[1]} of {kind} is built; give --merge when all shares are")
         return None
     return _merge(work, len(parts), run, fill, console)
 
@@ -125,18 +144,22 @@ def _merge(
 
     with work.lock("merge"):
         publish(work, put_together)
-    show_report(run.root, work.kind, console)
+    show_report(run.root, work.kind, console, "written into")
     report: dict[str, Any] = json.loads((run.root / f"report-{work.kind}.json").read_bytes())
     return report
 
 
-def publish_folder(work: Work, fill: Callable[[Path], None]) -> None:
-    """Fill ``work.merged``, unless that is done; it appears when it is complete.
+def publish_folder(work: Work, fill: Callable[[Path], None], console: Console) -> None:
+    """Fill ``work.merged``, unless that is done; it appears when it is complete. Where another process does it, wait.
 
     Raises:
-        VlscaleError: another process does, or it cannot be written.
+        VlscaleError: it cannot be written.
     """
-    with work.lock("merge"):
+
+    def tell() -> None:
+        console.print(f"another process puts the {work.kind} together; waiting until it has ended")
+
+    with work.lock("merge", waiting=tell):
         if work.merged.exists():
             return
         temporary = work.folder / f".{work.kind}-merged.tmp"

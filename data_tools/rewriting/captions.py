@@ -173,8 +173,7 @@ class RewriteBuilder:
         """Write the part's ``rewrites`` into ``folder``."""
         made, told = Counter[str](), Counter[str]()
         rows = counted(range(part["begin"], part["end"]))
-        vocabulary = self.texts.meta.vocabulary
-        with rare_collections(), RewriteWriter(folder, vocabulary, self.wanted.seed) as writer:
+        with rare_collections(), RewriteWriter(folder, self.texts, self.wanted.seed) as writer:
             for chunk in chunks(part):
                 captions = self._captions(chunk)
                 self._look_at(captions, told)

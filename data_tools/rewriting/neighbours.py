@@ -92,14 +92,11 @@ class TermIndex:
             start: row from which long lists of captions are looked at, so that the queries of a large corpus do not
                 all meet the same ones.
         """
-        terms, times = self._terms_of(text)
-        if not len(terms):
+        words = self._words_of(text)
+        if not words:
             return []
-        weights = times * _idf(self._ptr[terms + 1] - self._ptr[terms], self._captions)
-        weights /= np.sqrt(np.sum(weights**2))
         sums, met = self._sums, []
-        for term, weight in zip(terms.tolist(), weights.tolist(), strict=True):
-            begin, end = int(self._ptr[term]), int(self._ptr[term + 1])
+        for begin, end, weight in words:
             for low, high in self._window(begin, end, start):
                 rows = self._rows[low:high]  # each once: they rise within a word
                 before = sums[rows]
@@ -109,6 +106,31 @@ class TermIndex:
         cosines = sums[found]
         sums[found] = 0
         return _best(found, cosines, count)
+
+    def cosines(self, text: str, rows: NDArray[np.int32]) -> NDArray[np.float64]:
+        """Cosines of a text and int32 [B] different ``rows``, float64 [B]: of all their words.
+
+        Those of :meth:`nearest` leave out words of a caption at which it was not looked: they are lower bounds.
+        """
+        found = np.zeros(len(rows))
+        for begin, end, weight in self._words_of(text):
+            several = self._rows[begin:end]
+            at = np.minimum(np.searchsorted(several, rows), end - begin - 1)
+            has = several[at] == rows
+            found[has] += self._weights[begin + at[has]] * weight
+        return found
+
+    def is_cut(self, text: str) -> bool:
+        """Whether a word of the text has more captions than are looked at."""
+        return any(end - begin > self._most for begin, end, _ in self._words_of(text))
+
+    def _words_of(self, text: str) -> list[tuple[int, int, float]]:
+        """Of each word of a text that captions have: first place of its list, the one behind the last, and weight."""
+        terms, times = self._terms_of(text)
+        begins, ends = self._ptr[terms], self._ptr[terms + 1]
+        weights = times * _idf(ends - begins, self._captions)
+        weights /= np.sqrt(np.sum(weights**2)) if len(weights) else 1
+        return list(zip(begins.tolist(), ends.tolist(), weights.tolist(), strict=True))
 
     def _terms_of(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The words of a text that the captions have, and how often it has each."""
@@ -122,7 +144,7 @@ class TermIndex:
         """At most ``most_postings`` places of a word's list, from row ``start`` on, wrapping around."""
         if end - begin <= self._most:
             return [(begin, end)]
-        first = begin + int(np.searchsorted(self._rows[begin:end], start))
+        first = begin + int(np.searchsorted(self._rows[begin:end], np.int32(start)))
         stop = first + self._most
         return [(first, stop)] if stop <= end else [(first, end), (begin, begin + stop - end)]
 

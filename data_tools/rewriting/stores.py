@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from data_tools.merge import merge_stores
 from data_tools.rewriting.graph import Analysis, from_json
+from vlscale.data.companion_base import meta_of
 from vlscale.data.companion_schema import (
     REWRITE_COLUMNS,
     SIDE_FILES,
@@ -24,7 +25,7 @@ from vlscale.data.companion_schema import (
 )
 from vlscale.data.companions import UnitStore
 from vlscale.data.index import read_array, record_side_files
-from vlscale.data.schema import Vocabulary
+from vlscale.data.store import TextStore
 from vlscale.data.writer_base import StoreWriter, make_meta
 
 SHARD_BYTES = 16 << 20
@@ -35,12 +36,12 @@ class UnitWriter(StoreWriter):
 
     Args:
         root: the dataset's folder.
-        fingerprint: of the vocabulary.
+        texts: the texts that are parsed, all of them.
         parser: what found the units.
     """
 
-    def __init__(self, root: Path, fingerprint: str, parser: str) -> None:
-        meta = make_meta(UnitsMeta, fingerprint=fingerprint, parser=parser)
+    def __init__(self, root: Path, texts: TextStore, parser: str) -> None:
+        meta = make_meta(UnitsMeta, **meta_of(texts), parser=parser)
         super().__init__(root, "units", meta, UNIT_COLUMNS, SHARD_BYTES, None)
         self._lengths: list[int] = []
 
@@ -58,12 +59,12 @@ class RewriteWriter(StoreWriter):
 
     Args:
         root: the dataset's folder.
-        vocabulary: of the word pieces.
+        texts: the captions, all of them; word pieces are of their vocabulary.
         seed: of the draws.
     """
 
-    def __init__(self, root: Path, vocabulary: Vocabulary, seed: int) -> None:
-        meta = make_meta(RewritesMeta, fingerprint=vocabulary.fingerprint, vocabulary_size=vocabulary.size, seed=seed)
+    def __init__(self, root: Path, texts: TextStore, seed: int) -> None:
+        meta = make_meta(RewritesMeta, **meta_of(texts), vocabulary_size=texts.meta.vocabulary.size, seed=seed)
         super().__init__(root, "rewrites", meta, REWRITE_COLUMNS, SHARD_BYTES, None)
         self._lengths: list[int] = []
         self._tokens: list[int] = []

@@ -17,11 +17,13 @@ from data_tools.rewriting.graph import Analysis
 from data_tools.rewriting.stores import RewriteWriter, UnitWriter
 from tests.data.damage import patch, rewrite
 from tests.helpers import make_vocabulary
+from vlscale.data.companion_base import TOOLS
 from vlscale.data.companion_schema import Collection, Rewrite
 from vlscale.data.companions import RetrievedStore, RewriteStore, UnitStore, open_companion
 from vlscale.data.reader import LocalFiles
 from vlscale.data.store import TextStore
 from vlscale.data.store_writer import TextWriter
+from vlscale.data.verification import verify
 from vlscale.errors import VlscaleError
 
 TEXTS = 300
@@ -41,14 +43,14 @@ def written(tmp_path_factory):
     with TextWriter(root, VOCABULARY, {}) as texts:
         for row, length in enumerate(lengths.tolist()):
             texts.write(f"t{row}", "x", rng.integers(5, 64, length))
-    units, views, lists = [], [], []
-    with UnitWriter(root, VOCABULARY.fingerprint, "test") as writer:
+    units, views, lists, beside = [], [], [], TextStore(root / "texts")
+    with UnitWriter(root, beside, "test") as writer:
         for row, length in enumerate(lengths.tolist()):
             ends = np.append(np.flatnonzero(rng.random(length - 1) < 0.5) + 1, length)
             begins = np.append(0, ends[:-1])
             units.append(np.stack([begins, ends, rng.integers(0, 4, len(ends))], 1).astype(np.int32))
             writer.write(f"t{row}", units[-1], Analysis(()))
-    with RewriteWriter(root, VOCABULARY, 0) as rewrites:
+    with RewriteWriter(root, beside, 0) as rewrites:
         for row in range(TEXTS):
             made = [
                 (Rewrite(f"{row} {n}", bool(rng.random() < 0.3), KINDS[n % 4], "a", "b"),
@@ -58,7 +60,7 @@ def written(tmp_path_factory):
             views.append(made)
             rewrites.write(f"t{row}", made)
     collections = (Collection(digest="a" * 64, rows=50), Collection(digest="b" * 64, rows=TEXTS))
-    with RetrievedWriter(root, VOCABULARY.fingerprint, *collections, 9) as retrieved:
+    with RetrievedWriter(root, beside, *collections, 9) as retrieved:
         for row in range(TEXTS):
             both = [rng.permutation(most)[: rng.integers(0, 10)].astype(np.int32) for most in (50, TEXTS)]
             lists.append(both)
@@ -166,8 +168,56 @@ def test_companions_of_other_texts_are_refused(root) -> None:
         assert open_companion(kind, root / name, texts) is not None
         meta = json.loads((root / name / "meta.json").read_text())
         (root / name / "meta.json").write_text(json.dumps(meta | {"fingerprint": "0" * 64}))
-        with pytest.raises(VlscaleError, match=r"of vocabulary 0000.*remove it and build it again"):
+        with pytest.raises(VlscaleError, match=r"of vocabulary 0000.*remove .* and run python -m data_tools"):
             open_companion(kind, root / name, texts)
+
+
+def test_companions_of_texts_that_are_only_as_many_are_refused(root) -> None:
+    shutil.rmtree(root / "texts")
+    with TextWriter(root, VOCABULARY, {}) as texts:
+        for row in range(TEXTS):
+            texts.write(f"t{row}", "y", [5])
+    for name, kind in STORES.items():
+        with pytest.raises(VlscaleError, match=rf"{name}: was made of other texts.*data_tools\.{TOOLS[name]} again"):
+            open_companion(kind, root / name, TextStore(root / "texts"))
+
+
+def test_rewrites_do_not_choose_their_own_vocabulary(root) -> None:
+    path = root / "rewrites" / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocabulary_size": 1 << 20}))
+    with pytest.raises(VlscaleError, match=r"ids of 1048576 word pieces, but the vocabulary of .*texts has 64"):
+        open_companion(RewriteStore, root / "rewrites", TextStore(root / "texts"))
+
+
+def test_a_layout_that_does_not_name_its_texts_is_refused_with_its_cure(root) -> None:
+    for name, kind in STORES.items():
+        path = root / name / "meta.json"
+        meta = json.loads(path.read_text())
+        del meta["texts_digest"]
+        path.write_text(json.dumps(meta))
+        with pytest.raises(VlscaleError, match=rf"older layout.*texts_digest.*data_tools\.{TOOLS[name]} again"):
+            kind(root / name)
+
+
+def test_rows_of_other_texts_are_found_by_verification(tmp_path) -> None:
+    with TextWriter(tmp_path, VOCABULARY, {}) as texts:
+        for row in range(5):
+            texts.write(f"t{row}", "x", [5] * (row + 1))
+    beside, nothing = TextStore(tmp_path / "texts"), Found(np.empty(0, np.int32), np.empty(0, np.float32))
+    with (
+        UnitWriter(tmp_path, beside, "test") as units,
+        RewriteWriter(tmp_path, beside, 0) as rewrites,
+        RetrievedWriter(tmp_path, beside, None, Collection(digest="b" * 64, rows=5), 1) as retrieved,
+    ):
+        for row in (0, 1, 3, 2, 4):
+            units.write(f"t{row}", np.asarray([[0, row + 1, 0]]), Analysis(()))
+            rewrites.write(f"t{row}", [])
+            retrieved.write(f"t{row}", nothing, nothing)
+    report = verify(tmp_path, rows=True)
+    assert report.found == 6
+    for name in ("rewrites", "retrieved"):
+        assert sum(f"{name}: row 2: is of text 't3', expected 't2'" in one for one in report.problems) == 1
+    assert sum("units: row 3: units of 3 word pieces, but the text has 4" in one for one in report.problems) == 1
 
 
 def test_an_older_layout_is_refused_with_its_cure(root) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from tests.data.toy import toy_lengths
 from tests.helpers import make_dataset, make_vocabulary
 from vlscale.data.beside import Beside
+from vlscale.data.companion_base import meta_of
 from vlscale.data.companion_schema import (
     RETRIEVED_COLUMNS,
     REWRITE_COLUMNS,
@@ -48,7 +49,7 @@ def write_units(root: Path, seed: int = 0) -> None:
     """Units of one to three word pieces for every text."""
     texts, rng = open_dataset("x", root).texts, np.random.default_rng(seed)
     counts = []
-    meta = make_meta(UnitsMeta, fingerprint=texts.meta.vocabulary.fingerprint, parser="toy")
+    meta = make_meta(UnitsMeta, **meta_of(texts), parser="toy")
     with _Writer(root, "units", meta, UNIT_COLUMNS) as writer:
         for row, tokens in enumerate(texts.lengths.tolist()):
             ends = np.unique(np.r_[np.cumsum(rng.integers(1, 4, tokens)), tokens])
@@ -63,7 +64,7 @@ def write_rewrites(root: Path, seed: int = 0, most: int = 6, tokens: tuple[int, 
     """Up to ``most`` views per text, with ids drawn at random."""
     texts, rng = open_dataset("x", root).texts, np.random.default_rng(seed + 1)
     vocabulary = texts.meta.vocabulary
-    meta = make_meta(RewritesMeta, fingerprint=vocabulary.fingerprint, vocabulary_size=vocabulary.size, seed=0)
+    meta = make_meta(RewritesMeta, **meta_of(texts), vocabulary_size=vocabulary.size, seed=0)
     counts, sizes, positive = [], [], []
     with _Writer(root, "rewrites", meta, REWRITE_COLUMNS) as writer:
         for row in range(len(texts)):
@@ -88,7 +89,7 @@ def write_retrieved(root: Path, images: Path, texts: Path, k: int = 4, seed: int
     stores = {"image": open_dataset("i", images).images, "text": open_dataset("t", texts).texts}
     known = {kind: Collection(digest=store.reader.index.digest, rows=len(store)) for kind, store in stores.items()}
     meta = make_meta(
-        RetrievedMeta, fingerprint=dataset.texts.meta.vocabulary.fingerprint, k=k,
+        RetrievedMeta, **meta_of(dataset.texts), k=k,
         **{f"{kind}_collection": collection for kind, collection in known.items()},
     )  # fmt: skip
     counts: dict[str, list[int]] = {"image": [], "text": []}

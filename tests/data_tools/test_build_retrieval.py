@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,44 +14,13 @@ from data_tools.retrieval import vectors
 from data_tools.retrieval.detected import Detections
 from data_tools.rewriting import building
 from data_tools.rewriting.replacing import normalised
-from tests.data_tools.rewriting_captions import CAPTIONS
+from tests.data_tools.retrieval_data import SCENES, WIDTH, captions_of, features_of, objects_of, tf_idf, write
 from tests.data_tools.toy_sources import tree
 from tests.helpers import make_vocabulary
 from vlscale.data.companions import RetrievedStore, open_companion
 from vlscale.data.store import ImageStore, TextStore
 from vlscale.data.store_writer import ClassWriter, ImageWriter, TextWriter
 from vlscale.errors import VlscaleError
-
-WIDTH = 6
-SCENES = 40
-NAMES = ("dog", "cat", "bus", "tree", "man", "boat")
-
-
-def write(
-    root: Path,
-    scenes: int = SCENES,
-    seed: int = 0,
-    prefix: str = "i",
-    field: str | None = "objects",
-    texts: bool = True,
-) -> Path:
-    """Scenes of one to four regions with classes in ``extra``, and two captions each; a last one has no image."""
-    rng = np.random.default_rng(seed)
-    with ImageWriter(root, WIDTH, codec="none") as images:
-        for scene in range(scenes):
-            count = int(rng.integers(1, 5))
-            objects = rng.choice(NAMES, count).tolist()
-            images.write(
-                f"{prefix}{scene}", 9, 9, rng.standard_normal((count, WIDTH)),
-                np.tile([0.1, 0.1, 0.5, 0.5], (count, 1)), np.ones(count), {field: objects} if field else {},
-            )  # fmt: skip
-    if texts:
-        with TextWriter(root, make_vocabulary(), images.rows) as writer:
-            for number in range(2 * scenes):
-                text = CAPTIONS[(number + seed) % len(CAPTIONS)]
-                writer.write(f"t{number}", text, [5, 6], [f"{prefix}{number // 2}"])
-            writer.write("alone", "A kite, alone.", [7])
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -64,34 +31,6 @@ def pairs(tmp_path_factory):
 @pytest.fixture
 def root(pairs, tmp_path):
     return shutil.copytree(pairs, tmp_path / "pairs")
-
-
-def features_of(root: Path) -> np.ndarray:
-    images = ImageStore(root / "images")
-    means = np.stack([images.row(row)["features"].astype(np.float64).mean(0) for row in range(len(images))])
-    return means / np.linalg.norm(means, axis=1, keepdims=True)
-
-
-def objects_of(root: Path) -> list[set[str]]:
-    images = ImageStore(root / "images")
-    return [set(images.row(row)["extra"].get("objects", ())) for row in range(len(images))]
-
-
-def captions_of(root: Path) -> list[str]:
-    texts = TextStore(root / "texts")
-    return [texts.row(row)["text"] for row in range(len(texts))]
-
-
-def tf_idf(collection: list[str], queries: list[str]) -> np.ndarray:
-    """Cosines [queries, collection], written independently."""
-    words = [re.findall(r"\w\w+", text.lower()) for text in collection]
-    known = sorted({word for several in words for word in several})
-    counts = np.asarray([[several.count(word) for word in known] for several in words], np.float64)
-    idf = np.log((1 + len(collection)) / (1 + (counts > 0).sum(0))) + 1
-    asked = np.asarray([[re.findall(r"\w\w+", text.lower()).count(word) for word in known] for text in queries]) * idf
-    weights = counts * idf
-    norms = [np.linalg.norm(each, axis=1, keepdims=True) for each in (asked, weights)]
-    return (asked / np.maximum(norms[0], 1e-12)) @ (weights / np.maximum(norms[1], 1e-12)).T
 
 
 def test_images_are_the_most_similar_of_those_whose_classes_overlap(root) -> None:
@@ -277,11 +216,15 @@ def test_names_come_before_numbers_and_numbers_are_not_taken_for_names(tmp_path)
     assert numbers.known and not numbers.named  # noqa: PT018
     assert numbers.classes([0, 1, 2]) == [["0", "3"], [], ["3"]]
     assert names.named and names.classes([1]) == [["x"]]  # noqa: PT018
-    assert not Detections(tmp_path, "nothing").open().known
+    assert (numbers.source, names.source) == ("numbers in extra.objects", "names in extra.things")
+    with pytest.raises(VlscaleError, match=r"none of the first 3 images has a list extra\.nothing"):
+        Detections(tmp_path, "nothing").open()
     with ClassWriter(tmp_path, 4, class_names=["dog", "cat", "bus", "man"]) as classes:
         classes.write(np.eye(4)[[1, 1, 2, 0, 3, 1]] * 0.9)
     assert Detections(tmp_path).open().classes([0, 1, 2]) == [["cat"], ["bus", "dog"], ["cat", "man"]]
     assert Detections(tmp_path, "things").open().classes([0]) == [["x"]]
+    assert Detections(tmp_path, "objects").open().classes([0]) == [["0", "3"]]  # a field that is asked for is taken
+    assert Detections(tmp_path).open().source == "names of the 4 in classes/"
 
 
 def test_mistakes_are_one_line(root, tmp_path, capsys) -> None:

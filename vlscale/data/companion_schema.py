@@ -52,21 +52,33 @@ class Rewrite:
     new: str
 
 
-class UnitsMeta(Meta):
-    """units/meta.json: the vocabulary whose tokens the units count, and what found them."""
+class CompanionMeta(Meta):
+    """What all of them say of the texts that they stand beside.
+
+    Attributes:
+        fingerprint: of the texts' vocabulary.
+        texts_digest: hex digest of the texts' index (``TextStore.reader.index.digest``), which covers every row.
+    """
+
+    kind: str
+    version: int
+    fingerprint: str = _Hex
+    texts_digest: str = _Hex
+
+
+class UnitsMeta(CompanionMeta):
+    """units/meta.json: the texts whose tokens the units count, and what found them."""
 
     kind: Literal["units"] = "units"
     version: Literal[1] = 1
-    fingerprint: str = _Hex
     parser: str
 
 
-class RewritesMeta(Meta):
-    """rewrites/meta.json: the vocabulary of the ids, and the seed of the draws."""
+class RewritesMeta(CompanionMeta):
+    """rewrites/meta.json: the texts, the size of their vocabulary, which the ids are of, and the seed of the draws."""
 
     kind: Literal["rewrites"] = "rewrites"
     version: Literal[2] = 2
-    fingerprint: str = _Hex
     vocabulary_size: int = Field(ge=6, le=1 << 24)
     seed: int
 
@@ -83,12 +95,11 @@ class Collection(Meta):
     rows: int = Field(ge=1, lt=1 << 31)
 
 
-class RetrievedMeta(Meta):
-    """retrieved/meta.json: the texts' vocabulary, what the candidates are rows of, and the most of them per text."""
+class RetrievedMeta(CompanionMeta):
+    """retrieved/meta.json: the texts, what the candidates are rows of, and the most of them per text."""
 
     kind: Literal["retrieved"] = "retrieved"
     version: Literal[1] = 1
-    fingerprint: str = _Hex
     image_collection: Collection | None
     text_collection: Collection | None
     k: int = Field(ge=1, le=1 << 16)

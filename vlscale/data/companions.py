@@ -13,7 +13,13 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from vlscale.data.companion_base import Companion, check_values, checked_version, pieces_of
+from vlscale.data.companion_base import (
+    Companion,
+    check_values,
+    pieces_of,
+    read_companion_meta,
+    require_same_texts,
+)
 from vlscale.data.companion_schema import (
     RETRIEVED_COLUMNS,
     REWRITE_COLUMNS,
@@ -50,7 +56,7 @@ class UnitStore(Companion):
     _cached = ("lengths",)
 
     def __init__(self, folder: Path, verify: bool = True, files: FilesOf | None = None) -> None:
-        self.meta = checked_version(UnitsMeta, folder, "find_units")
+        self.meta = read_companion_meta(UnitsMeta, folder)
         super().__init__(folder, UNIT_COLUMNS, verify, files)
         check_values(folder / "lengths.npy", self.lengths, 1)
 
@@ -117,7 +123,7 @@ class RewriteStore(Companion):
     _derived = ("ptr",)
 
     def __init__(self, folder: Path, verify: bool = True, files: FilesOf | None = None) -> None:
-        self.meta = checked_version(RewritesMeta, folder, "rewrite_captions")
+        self.meta = read_companion_meta(RewritesMeta, folder)
         super().__init__(folder, REWRITE_COLUMNS, verify, files)
         check_values(folder / "lengths.npy", self.lengths, 0)
         check_values(folder / "view_tokens.npy", self.view_tokens, 1)
@@ -230,7 +236,7 @@ class RetrievedStore(Companion):
     _cached = ("image_counts", "text_counts")
 
     def __init__(self, folder: Path, verify: bool = True, files: FilesOf | None = None) -> None:
-        self.meta = checked_version(RetrievedMeta, folder, "build_retrieval")
+        self.meta = read_companion_meta(RetrievedMeta, folder)
         super().__init__(folder, RETRIEVED_COLUMNS, verify, files)
         for kind in ("images", "texts"):
             collection = self.collection(kind)
@@ -329,25 +335,6 @@ class RetrievedStore(Companion):
 
 
 AnyCompanion = TypeVar("AnyCompanion", UnitStore, RewriteStore, RetrievedStore)
-
-
-def require_same_texts(store: Companion, texts: TextStore, fingerprint: str | None = None) -> None:
-    """Raise unless ``store`` stands beside ``texts``.
-
-    Args:
-        store: the companion.
-        texts: the texts.
-        fingerprint: of the vocabulary; default: that of ``texts``.
-
-    Raises:
-        VlscaleError: another number of rows, or another vocabulary.
-    """
-    expected = fingerprint or texts.meta.vocabulary.fingerprint
-    if len(store) != len(texts) or store.meta.fingerprint != expected:
-        raise VlscaleError(
-            f"{store.folder}: {len(store)} rows of vocabulary {store.meta.fingerprint[:12]}, but {texts.folder} has "
-            f"{len(texts)} of {expected[:12]}; remove it and build it again"
-        )
 
 
 def open_companion(
