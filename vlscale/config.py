@@ -105,7 +105,7 @@ class DataSection(Section):
             if not any(share > 0 for share in dataset.mix.values()):
                 raise ValueError(
                     f"dataset {dataset.name}: no task has a positive share, so nothing would be trained on it: set its "
-                    f"mix, e.g. {{mlm: 2, itm: 1}}, or take it out"
+                    f"mix, e.g. {{mlm: 2, itm: 1}} ({{unified: 0.001}} where it is only retrieved from), or take it out"
                 )
         if self.cache is None:
             for key in ("cache_limit", "download_retries", "download_timeout_s"):

@@ -48,7 +48,7 @@ class Setting:
     """
 
     data: str = "runs/demo_unimo/data"
-    steps: int = 900
+    steps: int = 500
     processes: int = 2
     overrides: tuple[str, ...] = ()
 

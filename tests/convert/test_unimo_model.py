@@ -140,3 +140,11 @@ def test_configurations_are_read():
     assert config_from_paddlenlp(text, state).activation == "relu"
     with pytest.raises(VlscaleError, match="normalize_before"):
         config_from_paddlenlp(text | {"normalize_before": True}, state)
+
+
+def test_a_parameter_under_two_names_is_refused():
+    """PaddleNLP's bare models have no prefix, others do; which tensor wins must not depend on the file's order."""
+    for names in (("", "unimo."), ("unimo.", "")):
+        given = [f"{prefix}embeddings.word_embeddings.weight" for prefix in names]
+        with pytest.raises(VlscaleError, match=r"^unimo-text checkpoint: .* are one parameter under two names"):
+            import_plans(given, "unimo-text", partial=True)

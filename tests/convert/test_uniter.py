@@ -96,8 +96,13 @@ def test_uniter_what_does_not_fit_is_listed(official):
     with pytest.raises(VlscaleError, match=r"\[3, 4\], expected \[2"):
         from_official(flat)
     far = {**official, "uniter.encoder.layer.1000000000.output.dense.weight": torch.zeros(1)}
-    with pytest.raises(VlscaleError, match="unexpected"):
+    with pytest.raises(VlscaleError, match="is of a layer beyond 1000"):
         from_official(far)
+    hole = {
+        name.replace(".layer.0.", ".layer.1."): tensor for name, tensor in official.items() if ".layer.1." not in name
+    }
+    with pytest.raises(VlscaleError, match="but nothing of layer 0; give the whole checkpoint, layers 0 to 1"):
+        from_official(hole)
     ours = from_official(official)
     ours.pop("pooler.dense.bias")
     with pytest.raises(VlscaleError, match=r"1 missing: pooler\.dense\.bias"):

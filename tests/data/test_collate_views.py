@@ -11,7 +11,7 @@ import torch
 
 from tests.data.test_packing import equal
 from tests.data.test_unified import rows_of
-from tests.data.unified_data import open_all, write_all, write_retrieved, write_rewrites, write_texts
+from tests.data.unified_data import open_all, write_all
 from tests.helpers import make_dataset, make_vocabulary
 from vlscale.config_unified import UnifiedSection
 from vlscale.data.collate_views import collate_views
@@ -339,37 +339,6 @@ def test_an_images_store_without_rows_is_none(tmp_path):
     assert not batch.cu_regions.any()
 
 
-def test_a_list_that_holds_the_original_is_refused(folders, tmp_path):
-    root = tmp_path / "pairs"
-    shutil.copytree(folders["pairs"], root)
-    shutil.rmtree(root / "retrieved")
-    write_retrieved(root, root, root, original=True)
-    dataset = {"pairs": open_dataset("pairs", root)}
-    for views, kind in (({"texts": 0}, "images"), ({"images": 0}, "texts")):
-        settings = dataclasses.replace(SETTINGS, views=dataclasses.replace(SETTINGS.views, **views))
-        plan = plan_of(dataset, settings)
-        with pytest.raises(VlscaleError, match=rf"retrieved: row \d+: {kind} name row \d+, which is the original"):
-            plan.step(plan.start())
-        with pytest.raises(VlscaleError, match="which is the original"), loader_of(dataset, plan, gas=9) as loader:
-            next(loader)
-
-
-def test_a_dataset_may_be_its_own_collection(folders, tmp_path):
-    root = tmp_path / "pairs"
-    shutil.copytree(folders["pairs"], root)
-    shutil.rmtree(root / "retrieved")
-    write_retrieved(root, folders["images"], folders["texts"])
-    with pytest.raises(VlscaleError, match="that no dataset of the recipe has"):
-        plan_of({"pairs": open_dataset("pairs", root)})
-
-
-def test_companions_of_other_texts_are_refused(folders, tmp_path):
-    root = write_texts(tmp_path / "texts", count=20)
-    shutil.copytree(folders["texts"] / "units", root / "units")
-    with pytest.raises(VlscaleError, match=r"units: 30 rows .* has 20 of"):
-        open_dataset("texts", root)
-
-
 def test_classes_are_needed_where_there_are_images_only(datasets, folders, tmp_path):
     bare = open_dataset("images", folders["images"])
     del bare.stores["classes"]
@@ -381,6 +350,20 @@ def test_classes_are_needed_where_there_are_images_only(datasets, folders, tmp_p
     plan = plan_of(some)
     with Loader(some, objective, plan, plan.start(), 0, 1, accumulation(plan, 1), CEILING) as loader:
         assert all("class_probs" not in batch.targets for batch in next(loader)[2])
+
+
+def test_pairs_of_which_no_region_is_masked_need_no_classes(folders):
+    pairs = {"pairs": open_dataset("pairs", folders["pairs"])}
+    del pairs["pairs"].stores["classes"]
+    views = dataclasses.replace(SETTINGS.views, pair_visual_share=0.0, images=0, texts=0)
+    plan = plan_of(pairs, dataclasses.replace(SETTINGS, views=views))
+    with pytest.raises(VlscaleError, match=r"dataset pairs: task unified needs class probabilities"):
+        loader_of(pairs, plan)
+    section = UnifiedSection.model_validate({"pair_visual_share": 0})
+    objective = {UNIFIED: UnifiedLearning.build(section, make_vocabulary())}
+    with Loader(pairs, objective, plan, plan.start(), 0, 1, accumulation(plan, 1), CEILING) as loader:
+        for batch in next(loader)[2]:
+            assert not (batch.targets["role"] == Role.VISUAL).any()
 
 
 def test_kinds_of_datasets_are_told_by_their_stores(datasets, folders, tmp_path):
@@ -400,16 +383,6 @@ def test_kinds_of_datasets_are_told_by_their_stores(datasets, folders, tmp_path)
     shutil.copytree(folders["pairs"] / "texts", root / "texts")
     with pytest.raises(VlscaleError, match="images is no folder, but texts refer to images"):
         open_dataset("empty", root)
-
-
-def test_old_fingerprints_stay_without_companions(tmp_path):
-    root = make_dataset(tmp_path / "data")
-    before = open_dataset("a", root).fingerprint
-    write_rewrites(root)
-    after = open_dataset("a", root).fingerprint
-    assert before != after
-    shutil.rmtree(root / "rewrites")
-    assert open_dataset("a", root).fingerprint == before
 
 
 def test_tasks_of_uniter_say_what_is_missing(datasets):

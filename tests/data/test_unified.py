@@ -280,22 +280,6 @@ def test_mix_repeat_and_choose_count_units():
     assert np.abs(np.bincount(step.views.source[first]) - 200 * weights / weights.sum()).max() <= 1
 
 
-def test_fingerprints_cover_what_decides_the_rows():
-    lengths, base = three(), ViewSettings()
-    one = plan_of(lengths)
-    assert one.fingerprint == plan_of(lengths).fingerprint == plan_of(lengths, micro_batch_tokens=3000).fingerprint
-    for name, value in (("negatives", 3), ("images", 0), ("pair_visual_share", 0.4), ("seq2seq_share", 0.1),
-                        ("seq2seq_probability", 0.5), ("alone", False), ("contrast", False)):  # fmt: skip
-        other = plan_of(lengths, views=dataclasses.replace(base, **{name: value}))
-        with pytest.raises(VlscaleError, match=r"changed recipe \(objectives\.unified\)"):
-            other.check_resume(one.fingerprint)
-    with pytest.raises(VlscaleError, match=r"changed recipe .*mix"):
-        plan_of(lengths, shares=(4, 1, 1)).check_resume(one.fingerprint)
-    bare = dataclasses.replace(lengths[0], beside=dataclasses.replace(lengths[0].beside, retrieved=None))
-    alone = plan_of([bare], views=dataclasses.replace(base, images=0, texts=0))
-    assert alone.fingerprint != plan_of(lengths[:1], views=ViewSettings(contrast=False)).fingerprint
-
-
 def test_settings_of_a_recipe_without_contrast_want_no_views():
     section = UnifiedSection.model_validate({"contrast": {"weight": 0, "window": True}})
     found = ViewSettings.from_section(section)

@@ -165,6 +165,16 @@ def test_masked_regions_lose_their_features_and_nothing_else():
     torch.testing.assert_close(in_place.features, masked.features, equal_nan=True)
 
 
+def test_features_are_set_by_the_numbers_of_their_rows():
+    """By a bool mask, setting a fifth of the rows takes ten times as long, a third of what a reader does."""
+    batch, chosen = make_batch([3, 4], [3, 4]), torch.tensor([False, True, False, True, False, False, True])
+    with torch.profiler.profile(acc_events=True) as profile:
+        mask_regions(batch, chosen, in_place=True)
+    names = {event.name for event in profile.events()}
+    assert "aten::index_fill_" in names
+    assert not names & {"aten::index_put_", "aten::_index_put_impl_", "aten::masked_fill_"}
+
+
 @pytest.mark.parametrize("settings", [{}, {"content_probability": 0.4}])
 def test_an_example_is_masked_alike_in_any_batch(settings):
     batch = make_batch([5, 3, 9, 1, 7, 2], [3, 1, 6, 2, 4, 5])

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
+from vlscale.convert.layer_names import layer_count
 from vlscale.convert.steps import THIRDS, KeyPlan, Step
 from vlscale.convert.task_heads import TASK_HEAD, TASK_NAMES, is_task_name
 from vlscale.errors import VlscaleError
@@ -89,6 +90,7 @@ _PADDLENLP = (
     _Rule("lm_head.decoder_bias", "word_head.bias"),
 )
 _PARTS = ("query", "key", "value")
+_OUR_LAYER = r"encoder\.layers\.(\d+)\."
 
 
 @dataclass(frozen=True)
@@ -145,14 +147,19 @@ def import_plans(
             are ignored.
 
     Raises:
-        VlscaleError: part of a fused projection is missing.
+        VlscaleError: part of a fused projection or a whole layer between others is missing, or a parameter stands
+            there with the layout's prefix and without.
     """
     known = _LAYOUTS[layout]
-    given = {name.removeprefix(known.prefix): name for name in names}
+    given: dict[str, str] = {}  # name without the prefix -> as it is called here
+    for name in names:
+        other = given.setdefault(name.removeprefix(known.prefix), name)
+        if other != name:
+            raise VlscaleError(f"{layout} checkpoint: {other} and {name} are one parameter under two names; remove one")
     of_tasks = [name for name in given.values() if name.startswith(TASK_NAMES["unimo"])]
     ignored = {} if tasks else {name: "a task's head" for name in of_tasks}
     tied = {given[second]: given[first] for second, first in known.tied if second in given and first in given}
-    rules = _rules(known, _layer_count(given, known.layer))
+    rules = _rules(known, layer_count(given, known.layer, f"{layout} checkpoint"))
     steps = [
         Step(rule.ours, (given[rule.theirs],), "transpose" if rule.transposed else "copy")
         for rule in rules
@@ -184,7 +191,7 @@ def export_plans(names: Iterable[str], layout: UnimoLayout = "unimo") -> tuple[K
         else:
             thirds = zip(_PARTS, THIRDS, strict=True)
             cut += [Step(f"{fused[1]}{part}{fused[2]}", (name,), third) for part, third in thirds]
-    theirs = {rule.ours: rule for rule in _rules(known, _layer_count(given, r"encoder\.layers\.(\d+)\."))}
+    theirs = {rule.ours: rule for rule in _rules(known, layer_count(given, _OUR_LAYER, "UNIMO export"))}
     known_names = {*theirs, *(name for name in given if is_task_name(name))}
     kept = [step for step in cut if step.target in known_names]
     unexpected = tuple(step.sources[0] for step in cut if step.target not in known_names)
@@ -322,11 +329,6 @@ def _rules(known: _Names, layers: int) -> list[_Rule]:
                     _Rule(rule.theirs.format(i=index, part=part), rule.ours.format(i=index, part=ours), rule.transposed)
                 )
     return rules
-
-
-def _layer_count(names: Iterable[str], pattern: str) -> int:
-    found = [int(match[1]) for match in (re.match(pattern, name) for name in names) if match]
-    return max(found, default=-1) + 1
 
 
 def _expected(ours: str, made: Iterable[str]) -> bool:

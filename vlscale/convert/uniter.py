@@ -6,7 +6,6 @@ matrices; the two tied weights stand twice; the mask table has a first row of ze
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlscale.convert.layer_names import layer_count
 from vlscale.convert.steps import THIRDS, KeyPlan, Step, modern
 from vlscale.convert.task_heads import TASK_HEAD, TASK_NAMES, is_task_name
 from vlscale.errors import VlscaleError
@@ -59,6 +59,7 @@ TIED = {
     "feat_regress.weight": "uniter.img_embeddings.img_linear.weight",
 }
 ORIGIN = "UNITER checkpoint"
+_OUR_LAYER = r"encoder\.layers\.(\d+)\."
 _HEAD_PREFIXES = dict(
     zip(HEADS, ("cls.predictions.", "feat_regress.", "region_classifier.", "itm_output."), strict=True)
 )
@@ -104,7 +105,7 @@ def import_plan(names: Iterable[str], heads: Iterable[str] | None = HEADS, parti
     for second, first in TIED.items():
         if second in given and first not in given:
             given[first] = given[second]
-    layers = _layer_count(given, r"uniter\.encoder\.layer\.(\d+)\.")
+    layers = layer_count(given, r"uniter\.encoder\.layer\.(\d+)\.", ORIGIN)
     same, fused = _key_map(layers), _fused(layers)
     wanted = {*(heads_of(given) if heads is None else heads)}
     expected = {name for name in (*same, *chain(*fused.values()), _MASK[0]) if head_of(name) in (None, *wanted)}
@@ -141,7 +142,7 @@ def export_plan(names: Iterable[str], heads: Iterable[str] | None = HEADS, parti
     given = set(names)
     if any(name.startswith("encoder.final_norm.") for name in given):
         raise VlscaleError("UNITER export: the model is pre-norm (it has encoder.final_norm), UNITER is post-norm")
-    layers = _layer_count(given, r"encoder\.layers\.(\d+)\.")
+    layers = layer_count(given, _OUR_LAYER, "UNITER export")
     same, fused = _key_map(layers), _fused(layers)
     steps = [Step(theirs, (ours,)) for theirs, ours in same.items() if ours in given]
     for ours, theirs in fused.items():
@@ -279,7 +280,7 @@ def sizes_of_shapes(shapes: Mapping[str, tuple[int, ...]], origin: str) -> dict[
         sizes = {
             "vocab_size": vocabulary,
             "hidden_size": hidden,
-            "num_hidden_layers": _layer_count(shapes, r"encoder\.layers\.(\d+)\."),
+            "num_hidden_layers": layer_count(shapes, _OUR_LAYER, origin),
             "intermediate_size": shapes["encoder.layers.0.ffn.up.weight"][0],
             "max_position_embeddings": shapes["text_embedder.position.weight"][0],
             "type_vocab_size": shapes["type_embedding.weight"][0],
@@ -320,8 +321,3 @@ def config_of_shapes(
 
 def _widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def _layer_count(names: Iterable[str], pattern: str) -> int:
-    numbers = [int(match[1]) for name in names if (match := re.match(pattern, name))]
-    return max(numbers) + 1 if numbers and max(numbers) < len(numbers) else 0

@@ -9,8 +9,20 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from vlscale.data.views import ViewSettings
+
+Kind = Literal["pairs", "texts", "images"]
+"""What a dataset is made of."""
+
 Modality = Literal["images", "texts"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
+
+
+class Digested(Protocol):
+    """Any store."""
+
+    def digests(self) -> list[str]:
+        """Hex digests of everything here."""
 
 
 class ViewTable(Protocol):
@@ -70,6 +82,7 @@ class Beside:
         images, texts: hex digest of the index of the dataset's images and texts, by which lists of candidates name what
             they are rows of; None where there is no such store.
         root: the dataset's folder, for messages.
+        units: which word pieces are masked together, or None. Plans only ask whether they are still the same.
     """
 
     rewrites: ViewTable | None = None
@@ -77,6 +90,7 @@ class Beside:
     images: str | None = None
     texts: str | None = None
     root: str = "ROOT"
+    units: Digested | None = None
 
     def digest_of(self, kind: Modality) -> str | None:
         """The dataset's own store of that kind, as lists of candidates name it."""
@@ -86,6 +100,16 @@ class Beside:
         """The same for another thread: a reader's open shards are not safe to share."""
         return self if self.retrieved is None else replace(self, retrieved=copy.deepcopy(self.retrieved))
 
-    def digests(self) -> list[str]:
-        """Hex digests of the stores that are there."""
-        return [digest for store in (self.rewrites, self.retrieved) if store is not None for digest in store.digests()]
+    def read(self, kind: Kind, views: ViewSettings) -> dict[str, list[str]]:
+        """Digests of the stores that unified steps read here: name -> hex digests.
+
+        Args:
+            kind: what the dataset is made of; only pairs have views.
+            views: the views that are wanted.
+        """
+        wanted: dict[str, tuple[Digested | None, bool]] = {
+            "units": (self.units, kind != "images" and views.units),
+            "rewrites": (self.rewrites, kind == "pairs" and views.positives + views.negatives > 0),
+            "retrieved": (self.retrieved, kind == "pairs" and views.images + views.texts > 0),
+        }
+        return {name: store.digests() for name, (store, used) in wanted.items() if used and store is not None}

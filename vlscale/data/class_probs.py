@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from vlscale.data.store import ClassStore
 
 
+def needs_classes(objective: Any, dataset: Dataset) -> bool:
+    """Whether regions of ``dataset`` can be masked for ``objective``, a preparer that reads class probabilities."""
+    if not objective.needs_class_probs or dataset.kind == "texts":
+        return False
+    return dataset.kind == "images" or getattr(objective, "pair_visual_share", 1.0) > 0
+
+
 def class_probs(datasets: Sequence[Dataset], batch: RaggedBatch, block: Block | None = None) -> Tensor | None:
     """[K, C], probabilities of the regions ``targets["region_positions"]``.
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from vlscale.config_values import is_url
-from vlscale.data.beside import Beside
+from vlscale.data.beside import Beside, Kind
 from vlscale.data.companions import RetrievedStore, RewriteStore, UnitStore, open_companion
 from vlscale.data.fetch import shown
-from vlscale.data.lengths import DatasetLengths, Kind, first_outside
+from vlscale.data.lengths import DatasetLengths, first_outside
 from vlscale.data.reader import FilesOf
 from vlscale.data.remote import CachedRoot, CacheSettings, open_root
 from vlscale.data.schema import Vocabulary
@@ -128,16 +128,18 @@ class Dataset:
 
     def _beside(self) -> Beside:
         digests = {name: self.stores[name].reader.index.digest for name in ("images", "texts") if name in self.stores}
-        return Beside(self.rewrites, self.retrieved, digests.get("images"), digests.get("texts"), str(self.root))
+        return Beside(
+            self.rewrites, self.retrieved, digests.get("images"), digests.get("texts"), str(self.root), self.units
+        )
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of the indexes (with the shards' hashes), meta.json and side files of all stores.
+        """sha256 (hex) of the indexes (with the shards' hashes), meta.json and side files of texts, images and classes.
 
-        Neither the dataset's name nor its place enters, so a copy has the same fingerprint.
+        Neither the dataset's name nor its place enters, so a copy has the same fingerprint. Nor does what stands beside
+        the texts, which not every run reads: a plan names what it does (:meth:`vlscale.data.beside.Beside.read`).
         """
-        parts: list[Any] = [store.digests() for name, store in self.stores.items() if name in _STORES]
-        parts += [[name, *store.digests()] for name, store in self.stores.items() if name not in _STORES]
+        parts = [store.digests() for name, store in self.stores.items() if name in _STORES]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property

@@ -96,7 +96,7 @@ def accumulation(plan: Plan, world_size: int) -> int:
     if max(largest) > settings.micro_batch_tokens:
         name, task = plan.pairs[largest.index(max(largest))]
         unit = unit_of(task, settings.group_of(task))
-        raise VlscaleError(_too_small(settings.micro_batch_tokens, max(largest), unit, name))
+        raise VlscaleError(_too_small(settings.micro_batch_tokens, max(largest), unit, plan.largest_of(name)))
     return max(_accumulation_of(plan, name, task, world_size) for name, task in plan.pairs)
 
 
@@ -171,12 +171,20 @@ def _padded_bound(total: int, ceiling: int, largest: int, spread: float) -> int:
     return 1 + math.floor((total + ceiling * math.log(spread)) / (ceiling - largest))
 
 
+def _where(step: Step, row: int) -> str:
+    """Where a step's example is from, in words."""
+    if step.views is None:
+        return f"dataset {step.dataset}"
+    name = step.views.datasets[int(step.views.source[row])]
+    return f"dataset {name} ({'image' if step.texts[row] < 0 else 'text'} row {step.examples[row]})"
+
+
 def _too_small(ceiling: int, largest: int, unit: str, dataset: str) -> str:
     group_cure = " / objectives.wra.group" if "group of" in unit else ""
     if unit == unit_of(UNIFIED, 1):
         group_cure = " / the numbers of views in objectives.unified.contrast"
     return (
-        f"micro_batch_tokens {ceiling} is smaller than {unit} of dataset {dataset}: {largest} tokens; "
+        f"micro_batch_tokens {ceiling} is smaller than {unit} of {dataset}: {largest} tokens; "
         f"raise batch.micro_batch_tokens to at least {largest} or lower data.max_regions / max_text_tokens{group_cure}"
     )
 
@@ -274,7 +282,7 @@ def fitting_accumulation(step: Step, world_size: int, ceiling: int, rule: Rule =
     largest = int(each.argmax())
     if each[largest] > ceiling:
         unit = unit_of(step.task, int(groups.sizes[largest]))
-        raise VlscaleError(_too_small(ceiling, int(each[largest]), unit, step.dataset))
+        raise VlscaleError(_too_small(ceiling, int(each[largest]), unit, _where(step, int(groups.starts[largest]))))
     if rule.mode == "padded":
         falling = np.argsort(-groups.longest, kind="stable")
         ends = np.cumsum(groups.sizes[falling])

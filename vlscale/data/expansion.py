@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 
 from vlscale.data.beside import Modality
 from vlscale.data.choosing import choose
-from vlscale.data.lengths import SPECIALS
+from vlscale.data.lengths import SPECIALS, DatasetLengths
 from vlscale.data.random import Draws
 from vlscale.data.source import PlanSettings, Source, Step
 from vlscale.data.store_base import within
 from vlscale.data.views import UNIFIED, Role, Views, joined, most_fragments
 from vlscale.errors import VlscaleError
+
+EXPANSION_VERSION = 1
+"""Part of a plan's fingerprint: a checkpoint goes on only with the rows that it was written under."""
 
 IMAGE_SLOT = 1
 """[IMG], which every image of a batch carries and no store holds."""
@@ -46,6 +49,10 @@ class Units:
     def __len__(self) -> int:
         """Number of units U."""
         return len(self.rows)
+
+    def behind(self, count: int) -> Units:
+        """All but the first ``count``."""
+        return Units(self.source[count:], self.rows[count:], self.passes[count:])
 
 
 class _Table:
@@ -73,6 +80,22 @@ class _Table:
         """int64 [6, B], by unit, and by role within a unit; otherwise as they were added."""
         table = np.concatenate(self._parts, 1)
         return table[:, np.argsort(table[0] * len(Role) + table[1], kind="stable")]
+
+
+def own_candidates(
+    lengths: DatasetLengths, kind: Modality, texts: NDArray[np.int64], found: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """bool [K], which candidates int64 [K] ``found`` are the own of the ``texts`` int64 [K] that they were found for.
+
+    All are rows of ``lengths``. A text's own are its images, itself, and the other texts of its first image.
+    """
+    if kind == "images":
+        return lengths.refers_to(texts, found)
+    image = lengths.first_image(texts)
+    shared = np.zeros(len(texts), np.bool_)
+    has = np.flatnonzero(image >= 0)
+    shared[has] = lengths.refers_to(found[has], image[has])
+    return shared | (found == texts)
 
 
 class Expansion:
@@ -147,7 +170,8 @@ class Expansion:
                 return each
         raise VlscaleError(
             f"dataset {name}: its retrieved {kind} are rows of a store ({found.rows} rows, index {found.digest[:12]}) "
-            f"that no dataset of the recipe has; add that dataset to data.datasets, {tool} again, {cure}"
+            f"that no dataset of the recipe has; add that dataset to data.datasets with a positive share (0.001 will "
+            f"do), {tool} again, {cure}"
         )
 
     def step(self, index: int, units: Units) -> Step:
@@ -222,9 +246,7 @@ class Expansion:
         packed, counts = retrieved.packed(kind, pairs.rows)
         found, owners = packed.astype(np.int64), np.repeat(np.arange(len(pairs)), counts)
         if other == number:
-            own = theirs.refers_to(*((found, image[owners]) if kind == "texts" else (pairs.rows[owners], found)))
-            if kind == "texts":
-                own |= found == pairs.rows[owners]
+            own = own_candidates(theirs, kind, pairs.rows[owners], found)
             if own.any():
                 bad = int(np.argmax(own))
                 retrieved.check_original(kind, int(pairs.rows[owners[bad]]), found[bad : bad + 1], found[bad : bad + 1])

@@ -9,6 +9,13 @@ from typing import Any
 
 from vlscale.errors import VlscaleError
 
+_BESIDE = {
+    "units": "objectives.unified.language.units",
+    "rewrites": "objectives.unified.contrast.positives and negatives",
+    "retrieved": "objectives.unified.contrast.images and texts",
+}
+"""Store beside the texts -> what decides whether it is read."""
+
 
 def fingerprint_of(parts: Mapping[str, Any]) -> str:
     """``part=hash,part=hash`` of plain JSON types."""
@@ -45,7 +52,11 @@ def _plain(part: str) -> str:
         "itm": "recipe (objectives.itm or objectives.wra.group)",
         "unified": "recipe (objectives.unified)",
         "order": "order of examples (another version of vlscale)",
+        "expansion": "expansion of units to rows (another version of vlscale)",
     }
+    beside = part.rpartition(" ")[2]
+    if part.count(" ") > 1 and beside in _BESIDE:  # dataset NAME STORE
+        return f"{beside}/ beside a data set, or whether it is read ({_BESIDE[beside]})"
     return words.get(part, "data set on resume")
 
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlscale.data.beside import Beside
+from vlscale.data.beside import Beside, Kind
 from vlscale.data.chunks import slices
 from vlscale.errors import VlscaleError
 
 SPECIALS = 2
 """[CLS] and [SEP], which every text of a batch carries and no store holds."""
-
-Kind = Literal["pairs", "texts", "images"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +141,10 @@ class DatasetLengths:
 
     @cached_property
     def digest(self) -> str:
-        """Hex digest of every array here; stands in for the store's own fingerprint where there is none."""
+        """Hex digest of every array here; stands in for the store's own fingerprint where there is none.
+
+        What stands beside the texts is not in it, as it is not in :attr:`vlscale.data.dataset.Dataset.fingerprint`.
+        """
         digest = hashlib.blake2b(self.name.encode(), digest_size=16)
         for array, kind in (
             (self.tokens, "<i4"),
@@ -155,8 +156,6 @@ class DatasetLengths:
             digest.update(np.ascontiguousarray(array, kind).data)
         if self.images_only:
             digest.update(b"images only")
-        for digested in self.beside.digests():
-            digest.update(digested.encode())
         return digest.hexdigest()
 
 

@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from vlscale.data import workers as worker_processes
-from vlscale.data.class_probs import class_probs
+from vlscale.data.class_probs import class_probs, needs_classes
 from vlscale.data.collate import collate
 from vlscale.data.collate_views import collate_views
 from vlscale.data.deal import PACKED, MicroBatch, Rule
@@ -322,7 +322,7 @@ def _check(plan: StepSource, datasets: Mapping[str, Dataset], objectives: Mappin
             if task != UNIFIED:
                 dataset.require("texts")
                 dataset.require("images")
-            if objectives[task].needs_class_probs and dataset.kind != "texts" and dataset.classes is None:
+            if needs_classes(objectives[task], dataset) and dataset.classes is None:
                 raise VlscaleError(
                     f"dataset {name}: task {task} needs class probabilities, but there is no classes/ store; build the "
                     f"dataset with classes, or {_without_classes(task)}"

@@ -17,6 +17,7 @@ import numpy as np
 
 from vlscale.config import Recipe
 from vlscale.data.evaluation import FixedSteps, evaluation_seed, evaluation_steps
+from vlscale.data.expansion import EXPANSION_VERSION
 from vlscale.data.fingerprint import check_same, fingerprint_of
 from vlscale.data.lengths import DatasetLengths
 from vlscale.data.order import ORDER_VERSION
@@ -142,6 +143,13 @@ class Plan:
         """Most tokens that ``count`` consecutive examples (units, for ``unified``) of one of ``pairs`` can cost."""
         return self.sources[name].heaviest(task, count) if self._unified is None else self._unified.heaviest(count)
 
+    def largest_of(self, name: str) -> str:
+        """Which dataset of ``name`` the largest group is of, and (``unified``) what is long there; for messages."""
+        if self._unified is None:
+            return f"dataset {name}"
+        dataset, why = self._unified.largest
+        return f"dataset {dataset} ({why})"
+
     def most_groups(self, name: str, task: str) -> int:
         """Most groups that a step of one of ``pairs`` can hold."""
         settings, group = self.settings, self.settings.group_of(task)
@@ -173,8 +181,8 @@ class Plan:
             if tokens is not None and tokens < largest:
                 unit = unit_of(task, group)
                 raise VlscaleError(
-                    f"batch.global_batch_tokens {tokens} is smaller than {unit} of dataset {name}, task {task}: "
-                    f"{largest} tokens; raise it to at least {largest}"
+                    f"batch.global_batch_tokens {tokens} is smaller than {unit} of {self.largest_of(name)}, task "
+                    f"{task}: {largest} tokens; raise it to at least {largest}"
                 )
 
     def start(self) -> Position:
@@ -258,10 +266,15 @@ class Plan:
             "itm": itm if any(task == "itm" for _, task in self.pairs) else None,
         }
         if self._unified is not None:
-            parts["unified"] = asdict(settings.views)
+            views = asdict(settings.views)
+            del views["units"]  # it changes no row; whether they are read, and which, the datasets' parts say
+            parts |= {"unified": views, "expansion": EXPANSION_VERSION}
         for name, source in self.sources.items():
             stores = self._fingerprints.get(name) or source.lengths.digest
             parts[f"dataset {name}"] = [stores, len(source.lengths), source.survey.left_out]
+            if self._unified is not None:
+                beside = source.beside.read(source.lengths.kind, settings.views)
+                parts |= {f"dataset {name} {store}": digests for store, digests in beside.items()}
         return fingerprint_of(parts)
 
     def _batch(self) -> list[Any]:

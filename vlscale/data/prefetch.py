@@ -5,6 +5,8 @@ them. Threads of that process walk a second iterator over the same plan, a bound
 training, and put what the steps need into the cache, in that order. Shards that a coming step needs are never evicted
 for a later one. A fetch that fails here is not an error yet: the reader that needs the shard tries again, and says so.
 What is none of the remote's doing (no memory, a bug) is warned of once, and the shard is left to the reader as well.
+Planning itself reads lists of candidates (task ``unified``): where these cannot be fetched, looking ahead pauses and
+goes on at the same step.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +41,9 @@ CACHE_SHARE = 0.9
 """Part of the cache's limit that shards of the current step and those ahead may fill."""
 
 THREADS = 4
+PAUSE_S = 2.0
+"""Until planning is tried again after its first failure; twice as long after each further one."""
+_LONGEST_PAUSE_S = 60.0
 _END_S = 5.0
 
 
@@ -64,6 +70,8 @@ class Prefetcher:
     ) -> None:
         self._needs = {name: _Needs(dataset, class_tasks) for name, dataset in datasets.items() if is_cached(dataset)}
         self._plan, self._position = own_plan(plan), position
+        if isinstance(self._plan, Plan):
+            _fetch_beside(self._plan, self._keep)
         self._steps, self._count = steps, threads
         limits = [files.cache.limit for needs in self._needs.values() for files in needs.files.values()]
         known = [limit for limit in limits if limit is not None]
@@ -123,18 +131,37 @@ class Prefetcher:
         return disk_bytes(self._needs[name].files[store].index.shards[number])
 
     def _walk(self) -> None:
+        pause = PAUSE_S
         try:
-            for step, _ in self._plan.steps(self._position):
-                if not self._admit(step.index, self._wanted(step)):
+            while True:
+                try:
+                    for step, after in self._plan.steps(self._position):
+                        if not self._admit(step.index, self._wanted(step)):
+                            return
+                        self._position, pause = after, PAUSE_S
                     return
-        except VlscaleError:
-            pass  # training walks the same plan and meets it too
+                except _NoRoomError:
+                    pause = PAUSE_S
+                except VlscaleError as error:  # if it is there to stay, training walks the same plan and meets it too
+                    self._report(f"looking ahead pauses ({_of(error)})")
+                if not self._rest(pause):
+                    return
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
         except Exception as error:
             self._report(f"looking ahead ends, shards are fetched when they are needed ({_of(error)})")
         finally:
             with self._changed:
                 self._walked = True
                 self._changed.notify_all()
+
+    def _rest(self, seconds: float) -> bool:
+        """Wait a while. False: closed."""
+        with self._changed:
+            self._walked = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._closed, seconds)
+            self._walked = False
+            return not self._closed
 
     def _wanted(self, step: Step) -> frozenset[Wanted]:
         """The shards that a step needs, of all its datasets that are in a cache."""
@@ -197,16 +224,49 @@ class Prefetcher:
 
     def _fetch(self, wanted: Wanted) -> bool:
         """Have a shard in the cache. False: there is no room for it beside those that are needed before."""
-        with self._changed:
-            keep = [self._needs[name].files[store].place(number) for name, store, number in self._uses]
         name, store, number = wanted
-        return self._needs[name].files[store].prefetch(number, keep)
+        return self._needs[name].files[store].prefetch(number, self._keep())
+
+    def _keep(self) -> list[Path]:
+        """Where the shards are that the present step and those ahead need."""
+        with self._changed:
+            return [self._needs[name].files[store].place(number) for name, store, number in self._uses]
 
     def _report(self, problem: str) -> None:
         with self._changed:
             first, self._reported = not self._reported, True
         if first:
             _log.warning("prefetch: %s; later ones are not reported", problem)
+
+
+class _NoRoomError(VlscaleError):
+    """There is no room beside the shards that are needed before."""
+
+
+class _Keeping(CachedFiles):
+    """The files of a store, whose fetching evicts nothing that ``keep()`` names."""
+
+    def __init__(self, files: CachedFiles, keep: Callable[[], Collection[Path]]) -> None:
+        super().__init__(files.index, files.source, files.cache, files.fetcher)
+        self._keep = keep
+
+    def path(self, number: int) -> Path:
+        """Return shard ``number``'s path, after fetching it if it is not there.
+
+        Raises:
+            VlscaleError: it cannot be fetched, or not yet.
+        """
+        if not self.prefetch(number, self._keep()):
+            raise _NoRoomError(f"{self.place(number)}: no room in the cache yet")
+        return self.place(number)
+
+
+def _fetch_beside(plan: Plan, keep: Callable[[], Collection[Path]]) -> None:
+    """Have what ``plan`` itself reads fetched without evicting what ``keep()`` names; the plan is nobody else's."""
+    for source in plan.sources.values():
+        reader = getattr(source.beside.retrieved, "reader", None)
+        if reader is not None and isinstance(reader.files, CachedFiles):
+            reader.files = _Keeping(reader.files, keep)
 
 
 def _of(error: BaseException) -> str:

@@ -124,6 +124,14 @@ class Step:
         parts = {name: getattr(self, name)[begin:end] for name in names}
         return replace(self, index=index, group=group, views=views, **parts)
 
+    def joined(self, other: Step) -> Step:
+        """Return these examples and then those of ``other``, a step of the same task and datasets."""
+        names = ("texts", "images", "passes", "examples", "labels", "costs")
+        parts = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in names}
+        group = np.concatenate([self.group, other.group + (self.group[-1] + np.int32(1))])
+        views = self.views if self.views is None or other.views is None else self.views.joined(other.views)
+        return replace(self, group=group, views=views, **parts)
+
 
 class Source:
     """One dataset within the plan: its order, its partners, and the bounds of what its examples cost."""

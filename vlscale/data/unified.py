@@ -17,6 +17,7 @@ from vlscale.data.expansion import Expansion, Units
 from vlscale.data.order import PassOrder
 from vlscale.data.source import PlanSettings, Source, Step
 from vlscale.data.view_bounds import GroupBounds, group_bounds
+from vlscale.data.views import MOST_DATASETS
 from vlscale.errors import VlscaleError
 
 _SAMPLE = 512
@@ -75,6 +76,11 @@ class UnifiedSteps:
                 f"batch.mode {settings.mode} knows pairs only; task unified mixes images, texts and pairs: set "
                 f"batch.mode to packed"
             )
+        if len(sources) > MOST_DATASETS:
+            raise VlscaleError(
+                f"data.datasets: {len(sources)} datasets are trained with task unified, at most {MOST_DATASETS} can be "
+                f"mixed in a step; merge some of them"
+            )
         self._sources, self._shares, self._settings = dict(sources), shares, settings
         self._expansion = Expansion(self._sources, settings, training)
         self.bounds: dict[str, GroupBounds] = {
@@ -106,18 +112,19 @@ class UnifiedSteps:
     def _filled(self, index: int, cursors: Cursors, budget: int) -> Step:
         mean = sum(float(s) * b.most.mean for s, b in zip(self._shares, self.bounds.values(), strict=True))
         count = min(int(budget / mean) + 2, _SAMPLE)  # what groups cost is known better once some are drawn
+        step = self.expanded(index, cursors, count)
         while True:
-            step = self.expanded(index, cursors, count)
             ends = group_ends(step)
             totals = np.cumsum(step.costs, dtype=np.int64)[ends - 1]
             if totals[-1] > budget:
                 kept = max(1, int(np.searchsorted(totals, budget, side="right")))
                 return step.part(index, 0, int(ends[kept - 1]))
-            count = max(int(count * budget / totals[-1] * _MARGIN), count) + 2
+            known, count = count, max(int(count * budget / totals[-1] * _MARGIN), count) + 2
+            step = step.joined(self.expanded(index, cursors, count, known))
 
-    def expanded(self, index: int, cursors: Cursors, count: int) -> Step:
-        """The next ``count`` units as a step, not cut to any budget."""
-        return self._expansion.step(index, self.take(cursors, count))
+    def expanded(self, index: int, cursors: Cursors, count: int, known: int = 0) -> Step:
+        """The next ``count`` units but for the first ``known`` of them, as a step that is not cut to any budget."""
+        return self._expansion.step(index, self.take(cursors, count).behind(known))
 
     def take(self, cursors: Cursors, count: int) -> Units:
         """The next ``count`` units."""
@@ -152,6 +159,12 @@ class UnifiedSteps:
     def least(self) -> int:
         """Fewest tokens of a group."""
         return min(bounds.least for bounds in self.bounds.values())
+
+    @property
+    def largest(self) -> tuple[str, str]:
+        """The dataset whose groups may be the largest, and what is long in the largest of them."""
+        name = max(self.bounds, key=lambda each: self.bounds[each].most.most)
+        return name, self.bounds[name].largest
 
     def heaviest(self, count: int) -> int:
         """Most tokens that ``count`` consecutive groups can cost together."""

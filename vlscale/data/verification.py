@@ -16,9 +16,12 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from vlscale.data.beside import MODALITIES
+from vlscale.data.chunks import slices
 from vlscale.data.companion_base import Companion
 from vlscale.data.companions import RetrievedStore, RewriteStore, UnitStore
-from vlscale.data.dataset import open_dataset
+from vlscale.data.dataset import Dataset, open_dataset
+from vlscale.data.expansion import own_candidates
 from vlscale.data.index import HASH, INDEX_NAME, RESTORE, file_hash, file_size, read_bytes
 from vlscale.data.inspection import STORES, AnyStore, Kind, find_stores, is_whole
 from vlscale.data.rows import image_problem
@@ -30,6 +33,7 @@ MOST_LISTED = 1000
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}", re.ASCII)
 _PROBS_ROWS = 4096
+_LISTS = 4096
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)``, in bytes of shards or in rows."""
@@ -95,10 +99,12 @@ def verify(path: Path | str, rows: bool = False, progress: Progress = lambda wha
     whole = {kind: store for kind, store in opened.items() if store is not None}
     if path not in folders.values() and len(whole) == len(folders) and is_whole(folders):
         try:
-            open_dataset("dataset", path, verify=False)
+            dataset = open_dataset("dataset", path, verify=False)
         except VlscaleError as error:
             report.add(str(error))
             return report
+        if rows:
+            _verify_lists(dataset, report)
     if rows:
         _verify_rows(whole, damaged, report, progress)
     return report
@@ -235,6 +241,34 @@ def _verify_beside(
         except VlscaleError as error:
             report.add(str(error))
     progress(f"{kind}: rows", len(store), len(store))
+
+
+def _verify_lists(dataset: Dataset, report: Verification) -> None:
+    """Look for the original in the lists of candidates that are rows of the dataset itself; see check_original."""
+    retrieved = dataset.retrieved
+    if retrieved is None:
+        return
+    try:
+        lengths = dataset.lengths
+    except VlscaleError as error:
+        report.add(str(error))
+        return
+    for kind in MODALITIES:
+        collection = retrieved.collection(kind)
+        if collection is None or collection.digest != lengths.beside.digest_of(kind):
+            continue
+        for part in slices(len(lengths), _LISTS):
+            texts = np.arange(part.start, part.stop)
+            try:
+                packed, counts = retrieved.packed(kind, texts)
+            except VlscaleError:  # a row that cannot be read is listed by itself; the others wait until it is mended
+                continue
+            found, owners = packed.astype(np.int64), np.repeat(texts, counts)
+            for at in np.flatnonzero(own_candidates(lengths, kind, owners, found)).tolist():
+                try:
+                    retrieved.check_original(kind, int(owners[at]), found[at : at + 1], found[at : at + 1])
+                except VlscaleError as error:
+                    report.add(str(error))
 
 
 def _rows(

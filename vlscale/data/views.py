@@ -7,7 +7,7 @@ costed as a whole.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -17,6 +17,9 @@ from vlscale.config_unified import UnifiedSection
 
 UNIFIED = "unified"
 """The task whose steps are made of views."""
+
+MOST_DATASETS = 128
+"""Of a unified step: a row's dataset is an int8."""
 
 _JOINT = "+"
 
@@ -61,6 +64,7 @@ class ViewSettings:
         contrast: pairs have views at all.
         positives, negatives: rewritten captions of a pair; images, texts: retrieved ones. As many as there are.
         alone: a pair's image and caption are encoded by themselves, too.
+        units: units of words are read, where a dataset has them; it changes what is masked, not which rows there are.
         pair_visual_share: of pairs whose regions are masked; seq2seq_share: of texts, and of the other pairs, that are
             generated in part.
         seq2seq_probability, shortest_fragment: bound what a generated text costs.
@@ -76,6 +80,7 @@ class ViewSettings:
     seq2seq_share: float = 0.5
     seq2seq_probability: float = 0.25
     shortest_fragment: int = 4
+    units: bool = True
 
     @classmethod
     def from_section(cls, section: UnifiedSection) -> ViewSettings:
@@ -93,6 +98,7 @@ class ViewSettings:
             seq2seq_share=language.seq2seq_share,
             seq2seq_probability=language.seq2seq_probability,
             shortest_fragment=language.shortest_fragment,
+            units=language.units,
         )
 
 
@@ -116,6 +122,11 @@ class Views:
     def take(self, members: NDArray[np.int64] | slice) -> Views:
         """Those of some rows."""
         return Views(self.datasets, self.source[members], self.role[members], self.view[members])
+
+    def joined(self, other: Views) -> Views:
+        """Those of these rows and then of others of the same datasets."""
+        names = ("source", "role", "view")
+        return replace(self, **{name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in names})
 
 
 def most_fragments(tokens: NDArray[np.int32], probability: float, shortest: int) -> NDArray[np.int32]:

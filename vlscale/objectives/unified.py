@@ -76,6 +76,7 @@ class UnifiedLearning:
         visual: which regions are masked, and what is predicted of them.
         weights: of the losses.
         reads_units: whether collation shall deliver ``targets["unit_ends"]``, where a dataset has units.
+        pair_visual_share: of pairs whose regions are masked; with 0 pairs need no class probabilities.
     """
 
     spans: SpanMasking
@@ -84,6 +85,7 @@ class UnifiedLearning:
     visual: VisualSection
     weights: Weights
     reads_units: bool = True
+    pair_visual_share: float = 0.5
     name: str = "unified"
 
     @classmethod
@@ -91,7 +93,8 @@ class UnifiedLearning:
         """Lay the recipe's section over a vocabulary."""
         language, contrast = section.language, Contrast.build(section.contrast)
         spans, fragments = SpanMasking.build(language, vocabulary), FragmentRule.build(language, vocabulary)
-        return cls(spans, fragments, contrast, section.visual, Weights.build(section), language.units)
+        weights = Weights.build(section)
+        return cls(spans, fragments, contrast, section.visual, weights, language.units, section.pair_visual_share)
 
     @property
     def needs_class_probs(self) -> bool:

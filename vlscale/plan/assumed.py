@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,9 +19,10 @@ ASSUMED = (
     "lengths: log-normal, median 11 word pieces (3 to 60) and 31 regions (10 to 100), as COCO's and Visual Genome's "
     "are; the recipe's data are not here"
 )
+TAIL, TAIL_SHARE = (60, 120), 0.001
 ASSUMED_UNIFIED = (
-    f"{ASSUMED}; texts without images as long as data.max_text_tokens, rewritten captions and retrieved views as long "
-    "as the captions and images"
+    f"{ASSUMED}; one caption in {round(1 / TAIL_SHARE)} of {TAIL[0]} to {TAIL[1]}, texts without images as long as "
+    "data.max_text_tokens, rewritten captions and retrieved views as long as the captions and images"
 )
 
 
@@ -42,7 +43,8 @@ def assumed_lengths(name: str, seed: int, max_text_tokens: int) -> DatasetLength
 def assumed_datasets(recipe: Recipe) -> dict[str, DatasetLengths]:
     """Return lengths for each dataset of a recipe; for task ``unified`` with what its views need.
 
-    What a dataset is made of, its ``kind`` says; without one it is pairs.
+    What a dataset is made of, its ``kind`` says; without one it is pairs. Web captions have a tail of long ones, which
+    decide how much room a pair with all its views is given.
     """
     contrast, longest = recipe.objectives.unified.contrast, recipe.data.max_text_tokens
     found = {}
@@ -55,18 +57,22 @@ def assumed_datasets(recipe: Recipe) -> dict[str, DatasetLengths]:
             pointers = np.zeros(ASSUMED_TEXTS + 1, np.int64)
             lengths = DatasetLengths(section.name, tokens, pointers, none, none.astype(np.int32), _shards())
         elif UNIFIED in recipe.tasks:
+            lengths = replace(lengths, tokens=_with_tail(lengths.tokens, number, longest))
             views = contrast.positives + contrast.negatives
             positive = np.arange(max(views, 1)) < contrast.positives
             rewrites = AssumedViews(np.repeat(lengths.tokens, views), np.tile(positive[:views], ASSUMED_TEXTS), views)
             own = {kind: f"{kind} of {section.name}" for kind in ("images", "texts")}
             retrieved = AssumedCandidates(own, {"images": contrast.images, "texts": contrast.texts})
             beside = Beside(rewrites, retrieved, own["images"], own["texts"], section.name)
-            lengths = DatasetLengths(
-                section.name, lengths.tokens, lengths.image_ptr, lengths.image_refs, lengths.regions, _shards(),
-                beside=beside,
-            )  # fmt: skip
+            lengths = replace(lengths, beside=beside)
         found[section.name] = lengths
     return found
+
+
+def _with_tail(tokens: NDArray[np.int32], seed: int, max_text_tokens: int) -> NDArray[np.int32]:
+    draw = np.random.default_rng((seed, ASSUMED_TEXTS))
+    long = draw.integers(TAIL[0], TAIL[1] + 1, len(tokens)).clip(max=max_text_tokens)
+    return np.where(draw.random(len(tokens)) < TAIL_SHARE, long, tokens).astype(np.int32)
 
 
 def _shards() -> NDArray[np.int64]:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import cast
 
 from vlscale.config import Recipe
+from vlscale.data.class_probs import needs_classes
 from vlscale.data.dataset import Dataset
-from vlscale.data.deal import Rule
+from vlscale.data.deal import Rule, fitting_accumulation
 from vlscale.data.loader import Loader, Preparer, Window
 from vlscale.data.plan import FixedSteps, PlanSettings, evaluation_seed, evaluation_steps
 from vlscale.errors import VlscaleError
@@ -29,7 +30,8 @@ class Evaluation:
         objectives: task -> objective.
 
     Raises:
-        VlscaleError: a dataset lacks what a task needs, or its mix names a task that is not trained.
+        VlscaleError: a dataset lacks what a task needs, its mix names a task that is not trained, or one of its
+            examples (a unit with its views) is above ``batch.micro_batch_tokens``.
 
     Attributes:
         left_out: dataset name -> texts that are longer than ``data.max_text_tokens`` and take no part.
@@ -47,13 +49,15 @@ class Evaluation:
                         f"data.validation {section.name}: task {task} is not trained; train it, or drop it from the mix"
                     )
                 dataset = self._datasets[section.name]
-                wanted = self._objectives[task].needs_class_probs and dataset.kind != "texts"
-                if wanted and dataset.classes is None:
+                if needs_classes(self._objectives[task], dataset) and dataset.classes is None:
                     raise VlscaleError(
                         f"data.validation {section.name}: task {task} needs a classes/ store, which is not there; "
                         f"build it, or give the dataset a mix without {task}"
                     )
                 steps += evaluation_steps(dataset.lengths, task, recipe.evaluation.examples, settings)
+        self._rule = Rule("padded" if recipe.batch.mode == "padded" else "packed")
+        for step in steps:
+            fitting_accumulation(step, 1, settings.micro_batch_tokens, self._rule)  # raises if a group never fits
         self._plan = FixedSteps(steps)
         longest = settings.max_text_tokens
         self.left_out = {name: int((each.lengths.tokens > longest).sum()) for name, each in self._datasets.items()}
@@ -96,7 +100,7 @@ class Evaluation:
             evaluation_seed(self._recipe.seed),
             data.max_regions,
             pin=processes.device.type == "cuda",
-            rule=Rule("padded" if batch.mode == "padded" else "packed"),
+            rule=self._rule,
         )
 
 
