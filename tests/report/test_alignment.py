@@ -44,7 +44,8 @@ def test_detector_names(scenes: HeldOut) -> None:
 
 
 def test_no_detector_no_baseline(scenes: HeldOut, bare: HeldOut) -> None:
-    dataset = type(scenes.dataset)("x", scenes.dataset.root, scenes.dataset.texts, scenes.dataset.images, None)
+    stores = {name: store for name, store in scenes.dataset.stores.items() if name != "classes"}
+    dataset = type(scenes.dataset)("x", scenes.dataset.root, stores)
     outcome = alignment(OracleModel(), dataclasses.replace(scenes, dataset=dataset), WraSection())
     assert outcome["alignment_accuracy"].baseline is None
     with pytest.raises(UnmeasurableError, match="spans"):

@@ -119,7 +119,8 @@ def test_without_ground_truth_only_matching_is_left(bare: HeldOut) -> None:
 
 
 def test_without_a_classes_store_features_are_still_asked_for(scenes: HeldOut) -> None:
-    dataset = type(scenes.dataset)("x", scenes.dataset.root, scenes.dataset.texts, scenes.dataset.images, None)
+    stores = {name: store for name, store in scenes.dataset.stores.items() if name != "classes"}
+    dataset = type(scenes.dataset)("x", scenes.dataset.root, stores)
     found = masked_regions(OracleModel(), dataclasses.replace(scenes, dataset=dataset))
     assert set(found) == {"mrfr_relative_error"}
 
