@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.multiprocess.launcher import all_well, run_many
+from tests.multiprocess.plain import plain_optimizer, plain_update
 from tests.multiprocess.recipes import recipe, write_data, write_ds_config, write_recipe
 from vlscale.config import Recipe, parse_recipe
 from vlscale.data.collate import collate
@@ -79,17 +80,7 @@ def plain_loop(settings: Recipe, dataset: Dataset) -> tuple[list[tuple[str, floa
     torch.manual_seed(settings.seed)
     facts = {"vocab_size": dataset.vocabulary.size, "feature_dim": dataset.feature_dim}
     model = build_model(settings.model, num_classes=dataset.num_classes, **facts)
-    decayed = [tensor for name, tensor in model.named_parameters() if tensor.ndim > 1 or name.endswith("embedding")]
-    others = [
-        tensor for name, tensor in model.named_parameters() if tensor.ndim == 1 and not name.endswith("embedding")
-    ]
-    rule = settings.optimizer
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}],
-        lr=rule.lr,
-        betas=rule.betas,
-        eps=rule.eps,
-    )
+    optimizer = plain_optimizer(model, settings.optimizer)
     seen, position = [], plan.start()
     for index in range(STEPS):
         step, position = plan.step(position)
@@ -97,16 +88,8 @@ def plain_loop(settings: Recipe, dataset: Dataset) -> tuple[list[tuple[str, floa
         counts = objectives[step.task].counts(batch)
         terms = objectives[step.task].terms(model, batch)
         loss = sum(term.weight * term.sum / max(counts[term.count], 1) for term in terms.values())
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        warmup = settings.schedule.warmup_steps
-        factor = (index + 1) / warmup if index < warmup else (STEPS - index - 1) / (STEPS - warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = max(rule.lr * factor, 1e-8)
-        optimizer.step()
-        seen.append((step.task, float(loss.detach()), float(norm)))
+        norm = plain_update(model, optimizer, loss, index, settings)
+        seen.append((step.task, float(loss.detach()), norm))
     return seen, {name: tensor.detach() for name, tensor in model.named_parameters()}
 
 

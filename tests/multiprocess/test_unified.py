@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.multiprocess.launcher import all_well, run_many
+from tests.multiprocess.plain import plain_optimizer, plain_update
 from tests.multiprocess.recipes import write_ds_config, write_recipe
 from tests.multiprocess.test_parity import observable, rows
 from tests.multiprocess.unified_recipe import unified_recipe
@@ -100,11 +101,7 @@ def plain_loop(
     model = build_model(settings.model, max_text_tokens=settings.data.max_text_tokens, **facts)
     named = dict(model.named_parameters())
     initial = {name: tensor.detach().clone() for name, tensor in named.items()}
-    decayed = [tensor for tensor in named.values() if tensor.ndim > 1]
-    others = [tensor for tensor in named.values() if tensor.ndim == 1]
-    rule = settings.optimizer
-    groups = [{"params": decayed, "weight_decay": rule.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rule.lr, betas=rule.betas, eps=rule.eps)
+    optimizer = plain_optimizer(model, settings.optimizer)
     seen = []
     preparers: Any = objectives
     with Loader(datasets, preparers, plan, plan.start(), 0, 1, 1, 1 << 16, seed=settings.seed, max_regions=8) as loader:
@@ -114,17 +111,9 @@ def plain_loop(
             counts, terms = objective.counts(batch), objective.terms(model, batch)
             means = {name: term.sum / max(counts[term.count], 1) for name, term in terms.items()}
             loss = torch.stack([terms[name].weight * mean for name, mean in means.items()]).sum()
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            warmup = settings.schedule.warmup_steps
-            factor = (index + 1) / warmup if index < warmup else (STEPS - index - 1) / (STEPS - warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = max(rule.lr * factor, 1e-8)
-            optimizer.step()
+            norm = plain_update(model, optimizer, loss, index, settings)
             there = {name: float(mean.detach()) for name, mean in means.items() if counts[terms[name].count]}
-            seen.append(there | {"loss": float(loss.detach()), "grad_norm": float(norm)})
+            seen.append(there | {"loss": float(loss.detach()), "grad_norm": norm})
     return seen, {name: tensor.detach() for name, tensor in named.items()}, initial
 
 

@@ -23,6 +23,8 @@ from vlscale.ragged import RaggedBatch, cumulative
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = Vocabulary.from_tokens([*SPECIAL, *(f"w{number}" for number in range(TINY["vocab_size"] - len(SPECIAL)))])
+KINDS = ["pair", "text", "pair", "image", "pair", "text", "text", "image"]
+LOSSES = {"contrast", "visual_features", "visual_classes", "bidirectional", "seq2seq"}
 DATASETS = ("images", "texts", "pairs")
 DRAWS = [Draws(7, name) for name in DATASETS]
 NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "match_dropout": 0.0}
@@ -129,3 +131,16 @@ def _regions(row: Row) -> tuple[torch.Tensor, torch.Tensor]:
     corners = torch.rand(row.regions, 2, generator=draw) * 0.5
     sides = torch.rand(row.regions, 2, generator=draw) * 0.4 + 0.1
     return torch.randn(row.regions, TINY["feature_dim"], generator=draw), torch.cat([corners, corners + sides], 1)
+
+
+def total_loss(terms, counts):
+    return sum(term.sum * term.weight / max(counts[term.count], 1) for term in terms.values() if term.weight)
+
+
+def calls(model) -> list[str]:
+    """The names of the modules in the order of their calls from now on."""
+    called: list[str] = []
+    for name, module in model.named_modules():
+        if not list(module.children()) and "dropout" not in name:
+            module.register_forward_hook(lambda *_, name=name: called.append(name))
+    return called
