@@ -5,6 +5,7 @@ Every size is known from the side files before a row is read, so everything is r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from vlscale.ragged import RaggedBatch
 
 if TYPE_CHECKING:
     from vlscale.data.dataset import Dataset
+
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
+Kept = Callable[[NDArray[Any]], Tensor]
 
 
 def collate(
@@ -47,13 +51,7 @@ def collate(
     cu_regions = _cumulative(counts)
     regions = int(cu_regions[-1])
 
-    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype) if block is None else block.empty(shape, dtype)
-
-    def kept(array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor if block is None else block.empty(tensor.shape, tensor.dtype).copy_(tensor)
-
+    empty, kept = memory_of(block)
     input_ids = empty((int(cu_text[-1]),), torch.int64)
     features = empty((regions, images.meta.feature_dim), getattr(torch, images.feature_dtype.name))
     boxes = empty((regions, 4), torch.float32)
@@ -61,7 +59,39 @@ def collate(
     types = None if text_types is None else text_types.numpy()
     write_texts(dataset, micro.texts, cu_text, cls, sep, input_ids.numpy(), types)
     images.write_regions(micro.images, counts, features.numpy(), boxes.numpy())
-    batch = RaggedBatch(
+    region_rows = images.region_rows(micro.images, counts)
+    batch = batch_of(micro, kept, input_ids, cu_text, features, boxes, cu_regions, region_rows, text_types)
+    if micro.task == "itm":
+        batch.targets["itm_labels"] = kept(micro.labels.astype(np.int64))
+    return batch
+
+
+def memory_of(block: Block | None) -> tuple[Empty, Kept]:
+    """What makes an empty tensor, and one of an array, in ``block`` if there is one."""
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype) if block is None else block.empty(shape, dtype)
+
+    def kept(array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor if block is None else block.empty(tensor.shape, tensor.dtype).copy_(tensor)
+
+    return empty, kept
+
+
+def batch_of(
+    micro: MicroBatch,
+    kept: Kept,
+    input_ids: Tensor,
+    cu_text: NDArray[np.int32],
+    features: Tensor,
+    boxes: Tensor,
+    cu_regions: NDArray[np.int32],
+    region_rows: NDArray[np.int64],
+    text_types: Tensor | None = None,
+) -> RaggedBatch:
+    """The batch of a micro-batch whose texts and regions have been read; see :class:`RaggedBatch` for each."""
+    return RaggedBatch(
         task=micro.task,
         dataset=micro.dataset,
         input_ids=input_ids,
@@ -73,13 +103,10 @@ def collate(
         examples=kept(micro.examples),
         images=kept(micro.images),
         group=kept(micro.group),
-        region_rows=kept(images.region_rows(micro.images, counts)),
+        region_rows=kept(region_rows),
         text_types=text_types,
         weight=micro.weight,
     )
-    if micro.task == "itm":
-        batch.targets["itm_labels"] = kept(micro.labels.astype(np.int64))
-    return batch
 
 
 def write_texts(

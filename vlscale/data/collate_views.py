@@ -6,7 +6,7 @@ once, and copied within the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlscale.data.collate import Empty, batch_of, memory_of
 from vlscale.data.deal import MicroBatch
 from vlscale.data.lengths import SPECIALS
 from vlscale.data.packing import Block
@@ -24,8 +25,6 @@ from vlscale.ragged import RaggedBatch
 
 if TYPE_CHECKING:
     from vlscale.data.dataset import Dataset
-
-Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
 def collate_views(
@@ -52,40 +51,13 @@ def collate_views(
     assert views is not None
     all_of = [datasets[name] for name in views.datasets]
     parts = [part for number, each in enumerate(all_of) if len((part := _Part.of(each, number, micro, views)).rows)]
-    empty, kept = _memory(block)
+    empty, kept = memory_of(block)
     input_ids, cu_text = _texts(parts, len(micro), empty)
     features, boxes, cu_regions, region_rows = _images(all_of, parts, len(micro), max_regions, empty)
-    batch = RaggedBatch(
-        task=micro.task,
-        dataset=micro.dataset,
-        input_ids=input_ids,
-        cu_text=kept(cu_text),
-        features=features,
-        boxes=boxes,
-        cu_regions=kept(cu_regions),
-        passes=kept(micro.passes),
-        examples=kept(micro.examples),
-        images=kept(micro.images),
-        group=kept(micro.group),
-        region_rows=kept(region_rows),
-        weight=micro.weight,
-    )
+    batch = batch_of(micro, kept, input_ids, cu_text, features, boxes, cu_regions, region_rows)
     known = units and any(dataset.units is not None for dataset in all_of)
     batch.targets |= {name: kept(target) for name, target in _targets(parts, views, cu_text, known).items()}
     return batch
-
-
-def _memory(block: Block | None) -> tuple[Empty, Callable[[NDArray[Any]], Tensor]]:
-    """What makes an empty tensor, and one of an array, in ``block`` if there is one."""
-
-    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype) if block is None else block.empty(shape, dtype)
-
-    def kept(array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        return tensor if block is None else block.empty(tensor.shape, tensor.dtype).copy_(tensor)
-
-    return empty, kept
 
 
 def _targets(parts: Sequence[_Part], views: Views, cu_text: NDArray[np.int32], units: bool) -> dict[str, NDArray[Any]]:
