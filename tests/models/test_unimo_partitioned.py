@@ -13,6 +13,7 @@ from tests.multiprocess.launcher import ROOT, environment, free_port
 
 
 @pytest.mark.multiprocess
+@pytest.mark.long  # tests/multiprocess/test_unified.py trains one under ZeRO-3 too
 def test_unimo_under_zero3_equals_plain_training():
     port = free_port()
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}

@@ -58,6 +58,7 @@ def test_a_shard_that_is_bad_for_one_rank_stops_both(folder: Path, how: str) -> 
     assert "(2 attempts)" in text
 
 
+@pytest.mark.long
 def test_a_damaged_cache_is_mended_and_losses_stay_the_same(folder: Path) -> None:
     found = run_together(WORKER, *words(folder), processes=2, timeout=120)
     assert [done.status for done in found] == [0, 0], found[0].tail

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
     [
         (1, "bf16", "fp32"),
         (1, "bf16", "bf16"),
-        (2, "bf16", "fp32"),
+        pytest.param(2, "bf16", "fp32", marks=pytest.mark.long),
         (3, "bf16", "fp32"),
     ],
 )
