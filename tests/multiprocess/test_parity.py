@@ -111,6 +111,12 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [row for row in found if "lr" in row]
 
 
+def evaluated(run: Path) -> dict[str, Any]:
+    """What the last evaluation found."""
+    last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    return {name: value for name, value in last.items() if name.startswith("eval/")}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_norms_are_those_of_the_plain_loop(root: Path, plain: Any, case: str) -> None:
     found = rows(root / case)
@@ -151,10 +157,6 @@ def test_examples_masks_partners_and_tasks_are_identical(root: Path, case: str) 
 
 @pytest.mark.parametrize("case", CASES[1:])
 def test_evaluation_does_not_depend_on_how_it_is_dealt(root: Path, case: str) -> None:
-    def evaluated(run: Path) -> dict[str, Any]:
-        last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-        return {name: value for name, value in last.items() if name.startswith("eval/")}
-
     first = evaluated(root / CASES[0])
     assert len(first) >= 10
     assert evaluated(root / case) == pytest.approx(first, rel=1e-4, abs=1e-5)

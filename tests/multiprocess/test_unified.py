@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tests.multiprocess.launcher import all_well, run_many
 from tests.multiprocess.plain import plain_optimizer, plain_update
 from tests.multiprocess.recipes import write_ds_config, write_recipe
-from tests.multiprocess.test_parity import observable, rows
+from tests.multiprocess.test_parity import evaluated, observable, rows
 from tests.multiprocess.unified_recipe import unified_recipe
 from tests.unified_data import write_unified
 from vlscale.config import Recipe, parse_recipe
@@ -173,10 +173,6 @@ def test_heads_that_no_row_uses_do_not_drift(root: Path, plain: Any, case: str) 
 
 @pytest.mark.parametrize("case", CASES[1:])
 def test_evaluation_does_not_depend_on_how_it_is_dealt(root: Path, case: str) -> None:
-    def evaluated(run: Path) -> dict[str, Any]:
-        last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-        return {name: value for name, value in last.items() if name.startswith("eval/")}
-
     first = evaluated(root / CASES[0])
     assert any("held-pairs/unified/contrast" in name for name in first)
     assert any("held-texts/unified/seq2seq" in name for name in first)
